@@ -1,0 +1,176 @@
+"""What is known about a region, as numbers and as text in the style of /proc/PID."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
+from msharefs.page_table import LEVEL_NAMES, PteFlag
+from msharefs.protocol import RegionName, RegionStat, Vma
+from msharefs.region import Attachment, BackingKind, Region
+from msharefs.units import format_size
+from msharefs.vma import Arming
+
+
+@attrs.frozen
+class KernelFacts:
+    """What only the kernel knows of a region, read by the daemon when it is asked. All in bytes.
+
+    ``page_tables`` is the sum of VmPTE of the attached processes.
+    """
+
+    resident: int = 0
+    page_tables: int = 0
+    huge: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def region_name(region: Region) -> RegionName:
+    """The line of a listing. Preconditions: the region has a name."""
+    return RegionName(
+        name=region.name or "",
+        address=region.ar.start,
+        size=region.ar.size,
+        backing=region.backing,
+        uid=region.owner.uid,
+        gid=region.owner.gid,
+        mode=region.owner.mode,
+        attached=region.process_count,
+    )
+
+
+def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
+    """Everything ``stat`` tells. Preconditions: the tables were brought up to date."""
+    tables = region.mm.table
+    notes = facts.notes
+    if region.backing is not BackingKind.HUGETLB:
+        notes += (f"page tables are per process: the kernel does not share those of {region.backing} memory",)
+    return RegionStat(
+        name=region.name or "",
+        address=region.ar.start,
+        size=region.ar.size,
+        backing=region.backing,
+        uid=region.owner.uid,
+        gid=region.owner.gid,
+        mode=region.owner.mode,
+        attached=region.process_count,
+        resident=facts.resident,
+        faults=region.faults,
+        vmas=len(region.mm.vmas),
+        tables=tables.tables_by_name(),
+        table_bytes_private=tables.table_bytes * region.process_count,
+        table_bytes_shared=tables.table_bytes,
+        table_bytes_kernel=facts.page_tables,
+        tables_shared=False,
+        huge_bytes=facts.huge,
+        notes=notes,
+    )
+
+
+def vmas(region: Region) -> tuple[Vma, ...]:
+    """The VMAs of a region by offset. Preconditions: the tables were brought up to date."""
+    found = []
+    armed = list(region.mm.armings())
+    for vma in region.mm.vmas:
+        paged = any(arming & Arming.MISSING and ar.overlaps(vma.ar) for ar, arming in armed)
+        resident = sum(run.size for run, _ in region.mm.table.runs(vma.ar))
+        found.append(Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), paged, resident))
+    return tuple(found)
+
+
+def region_file(region: Region) -> str:
+    """What follows the 16 bytes of ABI in the region's file, for people."""
+    ar = region.ar
+    return f"\nstart {ar.start:#x}\nsize {ar.size:#x} ({ar.size} bytes, {format_size(ar.size)})\n"
+
+
+def maps_text(region: Region) -> str:
+    """One line a VMA, as in /proc/PID/maps: addresses, protection, offset, what it is."""
+    return "".join(_maps_line(region, vma.ar, vma.prot.as_text()) for vma in region.mm.vmas)
+
+
+def smaps_text(region: Region) -> str:
+    """As ``maps_text``, with sizes below each VMA, as in /proc/PID/smaps."""
+    lines = []
+    for asked, vma in zip(region.mm.vmas, vmas(region), strict=True):
+        lines.append(_maps_line(region, asked.ar, asked.prot.as_text()))
+        huge = sum(r.size for r, pte in region.mm.table.runs(asked.ar) if pte.flags & PteFlag.HUGE)
+        lines += [
+            f"Size:           {vma.length // 1024:>8} kB\n",
+            f"Resident:       {vma.resident // 1024:>8} kB\n",
+            f"HugeLeaves:     {huge // 1024:>8} kB\n",
+            f"Faults:         {'paged' if vma.paged else 'native':>8}\n",
+        ]
+    return "".join(lines)
+
+
+def pagetables_text(region: Region) -> str:
+    """Tables by level, then what they cost with and without sharing, in kB."""
+    tables, count = region.mm.table, region.process_count
+    lines = [f"{'level':<6} {'tables':>8} {'bytes an entry':>15}\n"]
+    for level in reversed(range(tables.levels)):
+        name, span = LEVEL_NAMES[tables.levels][level], PAGE_SIZE << (9 * level)
+        lines.append(f"{name:<6} {tables.tables[level]:>8} {format_size(span):>15}\n")
+    lines += [
+        f"pages {tables.pages} of {PAGE_SIZE // 1024} kB\n",
+        f"leaves {tables.huge_pages} of {PMD_SIZE // 1024} kB\n",
+        f"one set {tables.table_bytes // 1024} kB\n",
+        f"a set for each of {count} processes {count * tables.table_bytes // 1024} kB\n",
+        f"shared by the kernel: no ({region.backing} tables are per process)\n",
+    ]
+    return "".join(lines)
+
+
+def attachments_text(attachments: Iterable[Attachment]) -> str:
+    """One line an attachment: pid, access, window, and the pid it was forked from."""
+    by_id = {a.id: a for a in attachments}
+    lines = []
+    for a in by_id.values():
+        parent = by_id.get(a.forked_from) if a.forked_from is not None else None
+        origin = f" forked-from {parent.pid}" if parent is not None and parent.pid is not None else ""
+        lines.append(f"{a.pid if a.pid is not None else '?'} {'ro' if a.readonly else 'rw'} {a.window}{origin}\n")
+    return "".join(lines)
+
+
+def stat_text(stat: RegionStat) -> str:
+    """One ``key value`` line a field."""
+    lines = []
+    for key, value in attrs.asdict(stat, recurse=False).items():
+        if key == "notes":
+            lines += [f"note {note}\n" for note in value]
+        elif isinstance(value, Mapping):
+            lines.append(f"{key} {' '.join(f'{name}={count}' for name, count in value.items())}\n")
+        elif key in ("address", "mode"):
+            lines.append(f"{key} {value:{'#x' if key == 'address' else '04o'}}\n")
+        else:
+            lines.append(f"{key} {str(value).lower() if isinstance(value, bool) else value}\n")
+    return "".join(lines)
+
+
+def metrics_text(stats: Iterable[RegionStat]) -> str:
+    """All regions in Prometheus' text format."""
+    stats = list(stats)
+    lines = ["# TYPE msharefs_regions gauge\n", f"msharefs_regions {len(stats)}\n"]
+    for metric, kind, field in _METRICS:
+        lines.append(f"# TYPE msharefs_region_{metric} {kind}\n")
+        for stat in stats:
+            label = stat.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+            label = label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            lines.append(f'msharefs_region_{metric}{{region="{label}"}} {getattr(stat, field)}\n')
+    return "".join(lines)
+
+
+_METRICS = (
+    ("size_bytes", "gauge", "size"),
+    ("resident_bytes", "gauge", "resident"),
+    ("attached_processes", "gauge", "attached"),
+    ("faults_total", "counter", "faults"),
+    ("vmas", "gauge", "vmas"),
+    ("table_bytes", "gauge", "table_bytes_shared"),
+)
+
+
+def _maps_line(region: Region, ar: AddrRange, prot: str) -> str:
+    return f"{ar} {prot}s {region.offset_of(ar):012x} [anon]\n"

@@ -1,0 +1,82 @@
+"""What the host mm wants done in the kernel. Decided here, carried out by the daemon, in the order given.
+
+Ranges are host addresses (those of the region itself). The order within one list is the safe order, decided
+where the list is made: protect or arm, then free, then wake.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+
+from msharefs.addr import Address, AddrRange
+from msharefs.vma import Arming
+
+
+class Signal(enum.IntEnum):
+    """Signals a fault may end in."""
+
+    SIGBUS = 7
+    SIGSEGV = 11
+
+
+@attrs.frozen
+class Arm:
+    """From now on the kernel reports these faults of ``ar``, in every attachment (UFFDIO_REGISTER, UNREGISTER).
+
+    WP includes protecting what is there (UFFDIO_WRITEPROTECT), so that the first store is reported.
+    """
+
+    ar: AddrRange
+    arming: Arming
+
+
+@attrs.frozen
+class Punch:
+    """The memory of ``ar`` goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE)."""
+
+    ar: AddrRange
+
+
+@attrs.frozen
+class Stash:
+    """The contents of ``ar`` move to the region's stash file, where no process has them."""
+
+    ar: AddrRange
+
+
+@attrs.frozen
+class Unstash:
+    """What the stash file holds of ``ar`` comes back."""
+
+    ar: AddrRange
+
+
+@attrs.frozen
+class ZeroFill:
+    """Zero pages appear in ``ar`` for the process that waits there (UFFDIO_ZEROPAGE), which goes on.
+
+    ``protected``: they stay write-protected there (UFFDIO_COPY_MODE_WP).
+    """
+
+    ar: AddrRange
+    protected: bool = False
+
+
+@attrs.frozen
+class Wake:
+    """Threads of every attachment that wait in ``ar`` try again (UFFDIO_WAKE)."""
+
+    ar: AddrRange
+
+
+@attrs.frozen
+class Deliver:
+    """The faulting thread gets ``signal``, with si_addr ``addr`` (a host address)."""
+
+    signal: Signal
+    addr: Address
+
+
+Effect = Arm | Punch | Stash | Unstash | ZeroFill | Wake | Deliver

@@ -1,0 +1,53 @@
+"""The fault handler (compare mm/memory.c:handle_mm_fault)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from msharefs.addr import Address, AddrRange
+from msharefs.effects import Deliver, Effect, Signal, Wake, ZeroFill
+from msharefs.page_table import Pte, pte_flags
+from msharefs.perms import Access, Prot
+
+if TYPE_CHECKING:
+    from msharefs.host_mm import HostMm
+
+
+@attrs.frozen
+class Fault:
+    """What the kernel reported: where, and what the instruction tried. ``addr`` is a host address."""
+
+    addr: Address
+    access: Access
+
+
+@attrs.frozen
+class Resolution:
+    """What to do about a fault (compare vm_fault_t)."""
+
+    effects: tuple[Effect, ...]
+
+    @property
+    def signal(self) -> Signal | None:
+        """The signal it ends in, or None when the thread goes on."""
+        return next((e.signal for e in self.effects if isinstance(e, Deliver)), None)
+
+
+def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
+    """Decide one fault and install what it brings.
+
+    1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that is
+    there already needs a wake only: another thread was first. 4. Make the page. 5. Install it and go on.
+    """
+    vma = mm.vmas.find(fault.addr)
+    if vma is None:
+        return Resolution((Deliver(mm.hole_signal, fault.addr),))
+    if not fault.access.allowed_by(vma.prot):
+        return Resolution((Deliver(Signal.SIGSEGV, fault.addr),))
+    page = AddrRange.page_at(fault.addr)
+    if mm.table.walk(page.start) is not None:
+        return Resolution((Wake(page),))
+    mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
+    return Resolution((ZeroFill(page, protected=not vma.prot & Prot.WRITE),))

@@ -1,0 +1,52 @@
+"""The host mm's own checker: what must hold between any two calls (compare mm/debug.c, mm/vma.c:validate_mm)."""
+
+from __future__ import annotations
+
+from msharefs.addr import PAGE_SHIFT, PAGE_SIZE
+from msharefs.errors import InternalError
+from msharefs.host_mm import HostMm
+from msharefs.page_table import PteFlag
+from msharefs.perms import PROT_RW, Prot
+
+
+def check_mm(mm: HostMm) -> None:
+    """Raise InternalError with the first thing that is wrong.
+
+    VMAs: whole pages, inside the region, ordered, apart, merged. Tables: counts as recounted. Installed is within
+    asked: every page lies in a VMA that may be touched, writable only where the VMA is, in its own frame.
+    """
+    _check_vmas(mm)
+    _check_counts(mm)
+    _check_pages(mm)
+
+
+def _check_vmas(mm: HostMm) -> None:
+    below = None
+    for vma in mm.vmas:
+        if not vma.ar.is_aligned(PAGE_SIZE) or not mm.ar.covers(vma.ar):
+            raise InternalError(f"VMA {vma.ar} is not made of pages of {mm.ar}")
+        if below is not None and below.ar.end > vma.ar.start:
+            raise InternalError(f"VMAs {below.ar} and {vma.ar} overlap")
+        if below is not None and below.merges_with(vma):
+            raise InternalError(f"VMAs {below.ar} and {vma.ar} are not merged")
+        below = vma
+
+
+def _check_counts(mm: HostMm) -> None:
+    counted = mm.table.recount()
+    kept = (mm.table.tables, mm.table.pages, mm.table.huge_pages)
+    if counted != kept:
+        raise InternalError(f"page tables count {kept} and hold {counted}")
+
+
+def _check_pages(mm: HostMm) -> None:
+    for run, pte in mm.table.runs(mm.ar):
+        if mm.vmas.holes(run):
+            raise InternalError(f"pages {run} lie in a hole")
+        if pte.frame != (run.start - mm.ar.start) >> PAGE_SHIFT:
+            raise InternalError(f"page {run.start:#x} has frame {pte.frame}")
+        for vma in mm.vmas.overlapping(run):
+            if not vma.prot & PROT_RW:
+                raise InternalError(f"pages {run} are installed in {vma.ar}, which nobody may touch")
+            if pte.flags & PteFlag.WRITE and not vma.prot & Prot.WRITE:
+                raise InternalError(f"pages {run} are writable in the read-only {vma.ar}")

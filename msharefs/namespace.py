@@ -1,0 +1,235 @@
+"""The names of one mount: who may create, find and end regions, and where they lie."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Iterator
+
+import attrs
+
+from msharefs.addr import PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, Address, AddrRange, round_up
+from msharefs.effects import Signal
+from msharefs.errors import (
+    AccessDeniedError,
+    BusyError,
+    ExistsError,
+    InternalError,
+    InvalidArgumentError,
+    NameTooLongError,
+    NoMemoryError,
+    NoSpaceError,
+    NotFoundError,
+    NotPermittedError,
+    QuotaError,
+)
+from msharefs.host_mm import HostMm, check_user_range
+from msharefs.perms import Credentials, FileAccess, Ownership
+from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
+from msharefs.units import format_size
+
+INFO_NAME = "mshare_info"
+NAME_MAX = 255
+STICKY = 0o1000
+
+
+@attrs.frozen
+class Limits:
+    """What the daemon gives out at most; None is no limit. Bytes count region sizes, not resident memory."""
+
+    max_regions: int | None = None
+    max_bytes: int | None = None
+    max_regions_per_uid: int | None = 4096
+    max_bytes_per_uid: int | None = None
+
+
+@attrs.frozen
+class Policy:
+    """How regions of this mount are made."""
+
+    align: int = PMD_SIZE
+    paging_all: bool = False
+    hole_signal: Signal = Signal.SIGBUS
+    limits: Limits = Limits()
+
+
+def check_name(name: str) -> str:
+    """Refuse a name no region can have; the name otherwise."""
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > NAME_MAX:
+        raise NameTooLongError(f"a region's name has at most {NAME_MAX} bytes, this one {len(raw)}")
+    if not raw or name.startswith(".") or "/" in name or "\0" in name or name == INFO_NAME:
+        raise InvalidArgumentError(
+            f"{name!r} cannot name a region: use one path component of 1 to {NAME_MAX} bytes that does not start "
+            f"with a dot and is not {INFO_NAME!r}"
+        )
+    return name
+
+
+class Namespace:
+    """All regions of a mount, with and without names. Calls that raise have changed nothing."""
+
+    def __init__(self, root: Ownership, policy: Policy) -> None:
+        self.root = root
+        self.policy = policy
+        self._by_name: dict[str, Region] = {}
+        self._by_id: dict[RegionId, Region] = {}
+        self._region_ids = itertools.count(1)
+        self._attachment_ids = itertools.count(1)
+        self._next_free = Address(WINDOW_START)
+
+    def __iter__(self) -> Iterator[Region]:
+        """Regions that have a name and are ready, by name."""
+        return (region for _, region in sorted(self._by_name.items()) if region.ready)
+
+    def all(self) -> list[Region]:
+        """Every region that still exists, nameless ones included."""
+        return list(self._by_id.values())
+
+    def find(self, name: str) -> Region:
+        """The region of that name, ready or not."""
+        region = self._by_name.get(name)
+        if region is None:
+            raise NotFoundError(f"no region is named {name!r}")
+        return region
+
+    def get(self, region_id: RegionId) -> Region | None:
+        """The region with that number, if it still exists."""
+        return self._by_id.get(region_id)
+
+    def create(
+        self,
+        name: str,
+        addr: int | None,
+        size: int,
+        mode: int,
+        backing: BackingKind,
+        who: Credentials,
+        *,
+        empty: bool = False,
+    ) -> Region:
+        """A new region, not ready yet: it takes its name, and its range when the daemon chooses the address.
+
+        Without ``empty`` it starts as one anonymous read-write mapping. ``mode`` is what umask left.
+        """
+        check_name(name)
+        if name in self._by_name:
+            raise ExistsError(f"region {name!r} exists")
+        if not self.root.allows(who, FileAccess.WRITE | FileAccess.EXEC):
+            raise AccessDeniedError("creating a region needs write permission on the mount's root (mshared --mode)")
+        if mode & ~0o777:
+            raise InvalidArgumentError(f"mode {mode:#o} has bits other than the nine of rwxrwxrwx")
+        ar = check_user_range(WINDOW_START if addr is None else addr, size, self.policy.align)
+        self._check_limits(size, who)
+        if addr is None:
+            ar = self._free_range(size)
+        mm = HostMm(ar, paging_all=self.policy.paging_all, hole_signal=self.policy.hole_signal)
+        if not empty:
+            mm.mmap(ar, size, fixed=True)
+        owner = Ownership(who.uid, who.gid, mode)
+        region = Region(RegionId(next(self._region_ids)), name, owner, backing, mm)
+        self._by_name[name] = self._by_id[region.id] = region
+        return region
+
+    def attach(
+        self, region: Region, addr: int, pid: int | None, *, readonly: bool, forked_from: AttachmentId | None = None
+    ) -> Attachment:
+        """A new reference to ``region``, which is ready from now on."""
+        window = check_window(region, addr)
+        attachment = Attachment(AttachmentId(next(self._attachment_ids)), pid, window, readonly, forked_from)
+        region.attachments[attachment.id] = attachment
+        region.ready = True
+        return attachment
+
+    def detach(self, region: Region, attachment: Attachment) -> bool:
+        """Drop a reference; whether the region is gone with it, because it had no name any more."""
+        del region.attachments[attachment.id]
+        return self._forget_if_unused(region)
+
+    def check_unlink(self, region: Region, pid: int, *, may_write: bool) -> None:
+        """Refuse an unlink by ``pid`` that would take the region from others (EBUSY) or is not its to make (EACCES)."""
+        if pid in region.pids:
+            return
+        if not may_write:
+            raise AccessDeniedError(f"unlinking the orphan {region.name!r} needs write permission on it")
+        if region.attachments:
+            raise BusyError(
+                f"{region.process_count} processes are attached to {region.name!r} and this one is not; attach first, "
+                "or use mshare.remove() to take the name away at once"
+            )
+
+    def unlink(self, region: Region, *, may_write: bool) -> bool:
+        """End the name if nobody is attached and the caller may write; whether the region is gone."""
+        if region.attachments or not may_write:
+            return False
+        self._drop_name(region)
+        return self._forget_if_unused(region)
+
+    def remove(self, region: Region, who: Credentials) -> bool:
+        """Take the name away, as unlink(2) does; whether the region is gone at once."""
+        if not self.root.allows(who, FileAccess.WRITE | FileAccess.EXEC):
+            raise AccessDeniedError("removing a name needs write permission on the mount's root")
+        if self.root.mode & STICKY and who.uid not in (0, self.root.uid, region.owner.uid):
+            raise NotPermittedError(f"only its owner or root may remove {region.name!r}: the mount is sticky")
+        self._drop_name(region)
+        return self._forget_if_unused(region)
+
+    def abandon(self, region: Region) -> None:
+        """Undo ``create``: its creator failed before the region was ready."""
+        if region.attachments:
+            raise InternalError(f"region {region.name!r} abandoned while attached")
+        self._drop_name(region)
+        self._forget_if_unused(region)
+
+    def change_owner(
+        self, region: Region, *, mode: int | None = None, uid: int | None = None, gid: int | None = None
+    ) -> None:
+        """Carry out chmod and chown; whether the caller may is checked by the kernel before it asks."""
+        changes = {"mode": mode, "uid": uid, "gid": gid}
+        region.owner = attrs.evolve(region.owner, **{k: v for k, v in changes.items() if v is not None})
+
+    def _drop_name(self, region: Region) -> None:
+        if region.name is not None:
+            del self._by_name[region.name]
+            region.name = None
+
+    def _forget_if_unused(self, region: Region) -> bool:
+        """The last reference and the name are both gone: so is the region."""
+        if region.attachments or region.name is not None:
+            return False
+        del self._by_id[region.id]
+        return True
+
+    def _check_limits(self, size: int, who: Credentials) -> None:
+        limits, mine = self.policy.limits, [r for r in self._by_id.values() if r.owner.uid == who.uid]
+        _check_limit(NoSpaceError, "--max-regions", limits.max_regions, len(self._by_id) + 1)
+        _check_limit(QuotaError, "a user's regions", limits.max_regions_per_uid, len(mine) + 1)
+        total = sum(r.ar.size for r in self._by_id.values())
+        _check_limit(NoSpaceError, "--max-bytes", limits.max_bytes, total + size)
+        _check_limit(QuotaError, "a user's bytes", limits.max_bytes_per_uid, sum(r.ar.size for r in mine) + size)
+
+    def _free_range(self, size: int) -> AddrRange:
+        """The next range that no region has (next fit: a pointer gone stale finds nothing new at its address)."""
+        align = max(self.policy.align, PUD_SIZE if size >= PUD_SIZE else PMD_SIZE)
+        taken = sorted(region.ar for region in self._by_id.values())
+        for first in (self._next_free, WINDOW_START):
+            start = round_up(first, align)
+            for ar in taken:
+                if ar.start < start + size and start < ar.end:
+                    start = round_up(ar.end, align)
+            if start + size <= WINDOW_END:
+                self._next_free = Address(start + size)
+                return AddrRange.sized(start, size)
+        raise NoMemoryError(f"no {format_size(size)} of addresses are free between 32 TiB and 64 TiB; name an address")
+
+
+def check_window(region: Region, addr: int) -> AddrRange:
+    """The window of ``region`` at ``addr``, which need not be the region's own address."""
+    if addr == region.ar.start:
+        return region.ar
+    return check_user_range(addr, region.ar.size, PMD_SIZE)
+
+
+def _check_limit(error: type[NoSpaceError | QuotaError], what: str, limit: int | None, wanted: int) -> None:
+    if limit is not None and wanted > limit:
+        raise error(f"{what}: the limit is {limit}, this would make {wanted} ({errno.errorcode[error.errno]})")

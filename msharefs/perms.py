@@ -1,0 +1,83 @@
+"""Protections, access, mapping flags and file permissions: the numbers of Linux, in types."""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+
+
+class Prot(enum.IntFlag):
+    """Protection of a mapping (compare PROT_READ and its like in mman.h)."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    EXEC = 4
+
+    def as_text(self) -> str:
+        """``rw-`` and its like, as in /proc/PID/maps."""
+        return "".join(letter if self & bit else "-" for letter, bit in zip("rwx", (1, 2, 4), strict=True))
+
+
+PROT_RW = Prot.READ | Prot.WRITE
+
+
+class Access(enum.Enum):
+    """What the faulting instruction tried."""
+
+    READ = "read"
+    WRITE = "write"
+
+    def allowed_by(self, prot: Prot) -> bool:
+        """Whether ``prot`` lets this access through. Write access implies read access, as on x86."""
+        return bool(prot & Prot.WRITE) if self is Access.WRITE else bool(prot & PROT_RW)
+
+
+MAP_SHARED_PT = 0x200000
+"""mmap flag of the series' later form: share page tables with other mappers of the same file."""
+MAP_REFPAGE = 0x400000
+"""mmap flag of reference pages: clean pages read as a pattern."""
+
+
+class FileAccess(enum.IntFlag):
+    """What a caller wants of an inode (compare MAY_READ, MAY_WRITE, MAY_EXEC in fs.h)."""
+
+    EXEC = 1
+    WRITE = 2
+    READ = 4
+
+
+@attrs.frozen
+class Credentials:
+    """Who asks: the ids the kernel vouched for when the socket was connected."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int] = frozenset()
+
+    @property
+    def is_root(self) -> bool:
+        """Whether file modes do not bind this caller."""
+        return self.uid == 0
+
+
+@attrs.frozen
+class Ownership:
+    """Owner, group and mode bits of a region or of the mount's root."""
+
+    uid: int
+    gid: int
+    mode: int
+
+    def allows(self, who: Credentials, want: FileAccess) -> bool:
+        """Whether ``who`` may have ``want`` (compare fs/namei.c:generic_permission)."""
+        if who.is_root:
+            return True
+        if who.uid == self.uid:
+            bits = self.mode >> 6
+        elif self.gid == who.gid or self.gid in who.groups:
+            bits = self.mode >> 3
+        else:
+            bits = self.mode
+        return bits & want == want

@@ -1,0 +1,337 @@
+"""The control protocol: what client and daemon say to each other over the SOCK_SEQPACKET socket.
+
+One packet is one message: 8 bytes of header (``MSHR``, version as u16, number of descriptors sent along as u16, both
+little-endian), then a JSON object with the key ``op`` naming the message and its fields beside it. A packet has at
+most 64 KiB. The client's first message is ``hello``. Every request has one answer, ``failed`` being one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Final
+
+import attrs
+import cattrs
+from cattrs.errors import BaseValidationError
+from cattrs.gen import make_dict_structure_fn
+
+from msharefs.errors import ProtocolError
+
+MAGIC: Final = b"MSHR"
+VERSION: Final = 1
+MAX_PACKET: Final = 64 << 10
+MAX_DESCRIPTORS: Final = 4
+HEADER: Final = struct.Struct("<4sHH")
+
+
+@attrs.frozen
+class Hello:
+    """Client: the first message. ``client`` says who speaks, for the log."""
+
+    client: str
+
+
+@attrs.frozen
+class Welcome:
+    """Daemon: go on."""
+
+    server: str
+    mount: str
+
+
+@attrs.frozen
+class DonatedRange:
+    """A mapping of the donor inside the range: offset and length in bytes, protection as PROT_*."""
+
+    offset: int
+    length: int
+    prot: int
+
+
+@attrs.frozen
+class Create:
+    """Client: make a region. ``mode`` is what umask left; with ``donated`` the rest of the range is a hole."""
+
+    name: str
+    addr: int | None
+    size: int
+    mode: int
+    exclusive: bool
+    empty: bool
+    backing: str | None = None
+    donated: tuple[DonatedRange, ...] = ()
+
+
+@attrs.frozen
+class Attach:
+    """Client: open a region; one descriptor, the opened file of the mount. 0 and None take the region's own."""
+
+    addr: int | None
+    length: int
+
+
+@attrs.frozen
+class Exists:
+    """Daemon: there is such a region already; attach to it."""
+
+
+@attrs.frozen
+class Offer:
+    """Daemon: map this. Descriptors: the backing file and, with ``device``, /dev/userfaultfd.
+
+    Without ``device`` the client makes its userfaultfd by the system call, for user mode only.
+    """
+
+    region: int
+    addr: int
+    size: int
+    readonly: bool
+    device: bool
+
+
+@attrs.frozen
+class Mapped:
+    """Client: the window stands at ``addr``. One descriptor, its userfaultfd.
+
+    ``anchor`` is the address of two pages registered with it too, so that a fork is always reported.
+    """
+
+    region: int
+    addr: int
+    anchor: int
+
+
+@attrs.frozen
+class Abort:
+    """Client: the window could not be mapped; forget the offer."""
+
+    region: int
+
+
+@attrs.frozen
+class Attached:
+    """Daemon: armed, and counted as a reference."""
+
+    attachment: int
+
+
+@attrs.frozen
+class Adopt:
+    """Client: a forked child asks for the attachment it inherited.
+
+    Where the kernel reports no forks, one descriptor: a userfaultfd of the child's own, made as for ``mapped``.
+    """
+
+    region: int
+    addr: int
+    anchor: int
+
+
+@attrs.frozen
+class Detach:
+    """Client: the window is gone."""
+
+    attachment: int
+
+
+@attrs.frozen
+class Unlink:
+    """Client: end my access; the last one ends the region. One descriptor of the opened file, if it may be opened."""
+
+    name: str
+
+
+@attrs.frozen
+class Remove:
+    """Client: take the name away at once."""
+
+    name: str
+
+
+@attrs.frozen
+class GetStat:
+    """Client: tell about a region; by attachment, or by one descriptor of the opened file."""
+
+    attachment: int | None = None
+
+
+@attrs.frozen
+class GetMaps:
+    """Client: list the VMAs; by attachment, or by one descriptor of the opened file."""
+
+    attachment: int | None = None
+
+
+@attrs.frozen
+class GetList:
+    """Client: list the regions of the mount."""
+
+
+@attrs.frozen
+class Done:
+    """Daemon: it is done."""
+
+
+@attrs.frozen
+class Failed:
+    """Daemon: it is not done, and nothing has changed. ``errno`` as the kernel's own call would give."""
+
+    errno: int
+    message: str
+
+
+@attrs.frozen
+class RegionStat:
+    """What ``stat`` tells. Bytes unless said otherwise.
+
+    ``attached`` counts processes, ``faults`` those the daemon served. ``tables`` counts table pages of the host mm by
+    level. ``table_bytes_private`` is what the attached processes would need with tables of their own,
+    ``table_bytes_shared`` what one shared set takes, ``table_bytes_kernel`` what the kernel uses for them in fact
+    (the sum of VmPTE, everything else in those processes included).
+    """
+
+    name: str
+    address: int
+    size: int
+    backing: str
+    uid: int
+    gid: int
+    mode: int
+    attached: int
+    resident: int
+    faults: int
+    vmas: int
+    tables: dict[str, int]
+    table_bytes_private: int
+    table_bytes_shared: int
+    table_bytes_kernel: int
+    tables_shared: bool
+    huge_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Vma:
+    """One mapping inside a region, as the client sees it: offset and length in bytes, protection as PROT_*."""
+
+    offset: int
+    length: int
+    prot: int
+    paged: bool
+    resident: int
+
+
+@attrs.frozen
+class Maps:
+    """Daemon: the VMAs of a region, by offset."""
+
+    vmas: tuple[Vma, ...]
+
+
+@attrs.frozen
+class RegionName:
+    """One line of a listing: what the mount's directory shows anybody, and the number of attached processes."""
+
+    name: str
+    address: int
+    size: int
+    backing: str
+    uid: int
+    gid: int
+    mode: int
+    attached: int
+
+
+@attrs.frozen
+class Listing:
+    """Daemon: the regions of the mount, by name."""
+
+    regions: tuple[RegionName, ...]
+
+
+Request = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove | GetStat | GetMaps | GetList
+Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing
+Message = Request | Reply
+
+_OPS: Final[dict[str, type[Any]]] = {
+    "hello": Hello,
+    "create": Create,
+    "attach": Attach,
+    "mapped": Mapped,
+    "abort": Abort,
+    "adopt": Adopt,
+    "detach": Detach,
+    "unlink": Unlink,
+    "remove": Remove,
+    "get_stat": GetStat,
+    "get_maps": GetMaps,
+    "get_list": GetList,
+    "welcome": Welcome,
+    "exists": Exists,
+    "offer": Offer,
+    "attached": Attached,
+    "done": Done,
+    "failed": Failed,
+    "region_stat": RegionStat,
+    "maps": Maps,
+    "listing": Listing,
+}
+_NAMES: Final = {cls: op for op, cls in _OPS.items()}
+
+
+def _strict(value: object, kind: type[Any]) -> Any:  # noqa: ANN401 - cattrs hooks hand on whatever was asked for
+    """Take a value of exactly that type: ``"5"`` is no number, and ``True`` neither."""
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (int, str, bool):
+        converter.register_structure_hook(kind, _strict)
+    converter.register_structure_hook_factory(
+        attrs.has, lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+    )
+    return converter
+
+
+_converter: Final = _make_converter()
+
+
+def encode(message: Message, descriptors: int = 0) -> bytes:
+    """The packet for ``message``, to be sent with that many descriptors."""
+    body = {"op": _NAMES[type(message)], **_converter.unstructure(message)}
+    return HEADER.pack(MAGIC, VERSION, descriptors) + json.dumps(body, separators=(",", ":")).encode()
+
+
+def decode(packet: bytes) -> tuple[Message, int]:
+    """The message in a packet and the number of descriptors its sender says to have sent with it.
+
+    Raises ProtocolError for anything that ``encode`` does not make.
+    """
+    if len(packet) < HEADER.size or len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a packet has {HEADER.size} to {MAX_PACKET} bytes, this one {len(packet)}")
+    magic, version, descriptors = HEADER.unpack_from(packet)
+    if magic != MAGIC:
+        raise ProtocolError(f"a packet starts with {MAGIC!r}, this one with {magic!r}")
+    if version != VERSION:
+        raise ProtocolError(f"this side speaks version {VERSION} of the protocol, the packet has version {version}")
+    return _decode_body(packet[HEADER.size :]), descriptors
+
+
+def _decode_body(raw: bytes) -> Message:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not JSON: {error}") from None
+    op = body.pop("op", None) if isinstance(body, dict) else None
+    kind = _OPS.get(op) if isinstance(op, str) else None
+    if kind is None:
+        raise ProtocolError(f"unknown operation {op!r}")
+    try:
+        message: Message = _converter.structure(body, kind)
+    except (BaseValidationError, TypeError, ValueError) as error:
+        raise ProtocolError(f"{op}: {'; '.join(cattrs.transform_error(error))}") from None
+    return message

@@ -1,0 +1,84 @@
+"""A region: a name, a host mm, and the processes attached to it (compare struct mshare_data of the series)."""
+
+from __future__ import annotations
+
+import enum
+from typing import NewType
+
+import attrs
+
+from msharefs.addr import Address, AddrRange, Offset
+from msharefs.host_mm import HostMm
+from msharefs.perms import Ownership
+
+RegionId = NewType("RegionId", int)
+"""Number of a region, never given twice by one daemon."""
+AttachmentId = NewType("AttachmentId", int)
+"""Number of an attachment, never given twice by one daemon."""
+
+
+class BackingKind(enum.StrEnum):
+    """Where a region's pages come from."""
+
+    THP = "thp"
+    HUGETLB = "hugetlb"
+    SMALL = "4k"
+
+
+@attrs.define
+class Attachment:
+    """One window of one process (compare the guest VMA of the series): one reference to the region.
+
+    ``pid`` is None for a forked child that has not been told apart from its brothers yet.
+    """
+
+    id: AttachmentId
+    pid: int | None
+    window: AddrRange
+    readonly: bool
+    forked_from: AttachmentId | None = None
+
+
+@attrs.define
+class Region:
+    """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon."""
+
+    id: RegionId
+    name: str | None
+    owner: Ownership
+    backing: BackingKind
+    mm: HostMm
+    ready: bool = False
+    faults: int = 0
+    attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
+
+    @property
+    def ar(self) -> AddrRange:
+        """The region's own addresses."""
+        return self.mm.ar
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes attached, as far as they are told apart."""
+        return {a.pid for a in self.attachments.values() if a.pid is not None}
+
+    @property
+    def process_count(self) -> int:
+        """How many processes are attached; forked children not told apart yet count each."""
+        return len(self.pids) + sum(a.pid is None for a in self.attachments.values())
+
+    def to_host(self, attachment: Attachment, addr: Address) -> Address:
+        """The host address behind an address in a window (compare find_shared_vma of the series)."""
+        return Address(addr - attachment.window.start + self.ar.start)
+
+    def to_guest(self, attachment: Attachment, ar: AddrRange) -> AddrRange:
+        """Where ``attachment`` sees the host range ``ar``."""
+        return ar.moved(attachment.window.start - self.ar.start)
+
+    def range_at(self, offset: int, length: int) -> AddrRange:
+        """The host range at an offset. Raises InvalidArgumentError for a length of 0 or less."""
+        return AddrRange.sized(self.ar.start + offset, length)
+
+    def offset_of(self, ar: AddrRange) -> Offset:
+        """Where ``ar`` starts in the region and its backing file."""
+        return Offset(ar.start - self.ar.start)

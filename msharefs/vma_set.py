@@ -1,0 +1,88 @@
+"""The VMAs of one host mm, ordered by address (compare the maple tree in struct mm_struct)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sortedcontainers import SortedDict
+
+from msharefs.addr import Address, AddrRange, round_up
+from msharefs.errors import InternalError
+from msharefs.vma import Vma
+
+
+class VmaSet:
+    """VMAs that never overlap and are merged wherever two neighbours mean the same."""
+
+    def __init__(self) -> None:
+        self._by_start: SortedDict[Address, Vma] = SortedDict()
+
+    def __iter__(self) -> Iterator[Vma]:
+        """All VMAs, by address."""
+        return iter(self._by_start.values())
+
+    def __len__(self) -> int:
+        """How many VMAs there are (compare mm->map_count)."""
+        return len(self._by_start)
+
+    def find(self, addr: Address) -> Vma | None:
+        """The VMA that holds ``addr`` (compare mm/mmap.c:vma_lookup), or None in a hole."""
+        below = self._by_start.bisect_right(addr) - 1
+        if below < 0:
+            return None
+        vma = self._by_start.peekitem(below)[1]
+        return vma if addr in vma.ar else None
+
+    def overlapping(self, ar: AddrRange) -> list[Vma]:
+        """The VMAs with an address in ``ar``, whole, in order (compare for_each_vma_range)."""
+        first = self.find(ar.start)
+        found = [first] if first is not None and first.ar.start < ar.start else []
+        found += [self._by_start[start] for start in self._by_start.irange(ar.start, ar.end, (True, False))]
+        return found
+
+    def holes(self, ar: AddrRange) -> list[AddrRange]:
+        """The parts of ``ar`` that no VMA covers, in order."""
+        found, start = [], ar.start
+        for vma in self.overlapping(ar):
+            if start < vma.ar.start:
+                found.append(AddrRange(start, vma.ar.start))
+            start = max(start, vma.ar.end)
+        if start < ar.end:
+            found.append(AddrRange(start, ar.end))
+        return found
+
+    def find_gap(self, within: AddrRange, size: int, align: int) -> AddrRange | None:
+        """The lowest free ``size`` bytes at a multiple of ``align`` (compare vm_unmapped_area), or None."""
+        for hole in self.holes(within):
+            start = Address(round_up(hole.start, align))
+            if start + size <= hole.end:
+                return AddrRange.sized(start, size)
+        return None
+
+    def insert(self, vma: Vma) -> None:
+        """Add ``vma``, merged with its neighbours. Preconditions: nothing is mapped there."""
+        if self.overlapping(vma.ar):
+            raise InternalError(f"VMA {vma.ar} inserted over others")
+        below = self.find(Address(vma.ar.start - 1)) if vma.ar.start else None
+        if below is not None and below.merges_with(vma):
+            del self._by_start[below.ar.start]
+            vma = below.extended(vma.ar.end)
+        above = self._by_start.get(vma.ar.end)
+        if above is not None and vma.merges_with(above):
+            del self._by_start[above.ar.start]
+            vma = vma.extended(above.ar.end)
+        self._by_start[vma.ar.start] = vma
+
+    def remove(self, ar: AddrRange) -> list[Vma]:
+        """Take ``ar`` out, splitting what sticks out; the pieces taken, in order (compare do_vmi_munmap)."""
+        taken = []
+        for vma in self.overlapping(ar):
+            del self._by_start[vma.ar.start]
+            if vma.ar.start < ar.start:
+                kept, vma = vma.split(ar.start)
+                self._by_start[kept.ar.start] = kept
+            if vma.ar.end > ar.end:
+                vma, kept = vma.split(ar.end)
+                self._by_start[kept.ar.start] = kept
+            taken.append(vma)
+        return taken
