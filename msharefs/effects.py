@@ -34,7 +34,7 @@ class Arm:
 
 @attrs.frozen
 class Punch:
-    """The memory of ``ar`` goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE)."""
+    """The memory of ``ar``, the stash's too, goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE)."""
 
     ar: AddrRange
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Deliver, Effect, Signal, Wake, ZeroFill
+from msharefs.effects import Deliver, Signal, Wake, ZeroFill
 from msharefs.page_table import Pte, pte_flags
 from msharefs.perms import Access, Prot
 
@@ -17,37 +17,42 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Fault:
-    """What the kernel reported: where, and what the instruction tried. ``addr`` is a host address."""
+    """What the kernel reported: where (a host address), what the instruction tried, and why it stopped.
+
+    ``protected``: the page is there and write-protected; otherwise it is missing.
+    """
 
     addr: Address
     access: Access
+    protected: bool = False
 
 
 @attrs.frozen
 class Resolution:
     """What to do about a fault (compare vm_fault_t)."""
 
-    effects: tuple[Effect, ...]
+    effect: Deliver | Wake | ZeroFill
 
     @property
     def signal(self) -> Signal | None:
         """The signal it ends in, or None when the thread goes on."""
-        return next((e.signal for e in self.effects if isinstance(e, Deliver)), None)
+        return self.effect.signal if isinstance(self.effect, Deliver) else None
 
 
 def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     """Decide one fault and install what it brings.
 
-    1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that is
-    there already needs a wake only: another thread was first. 4. Make the page. 5. Install it and go on.
+    1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that was protected
+    when the thread stopped, and may be stored to by now, needs a wake only. 4. Make the page: one that
+    the kernel misses is missing, whatever the tables say. 5. Install it and go on.
     """
     vma = mm.vmas.find(fault.addr)
     if vma is None:
-        return Resolution((Deliver(mm.hole_signal, fault.addr),))
+        return Resolution(Deliver(mm.hole_signal, fault.addr))
     if not fault.access.allowed_by(vma.prot):
-        return Resolution((Deliver(Signal.SIGSEGV, fault.addr),))
+        return Resolution(Deliver(Signal.SIGSEGV, fault.addr))
     page = AddrRange.page_at(fault.addr)
-    if mm.table.walk(page.start) is not None:
-        return Resolution((Wake(page),))
+    if fault.protected:
+        return Resolution(Wake(page))
     mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
-    return Resolution((ZeroFill(page, protected=not vma.prot & Prot.WRITE),))
+    return Resolution(ZeroFill(page, protected=not vma.prot & Prot.WRITE))

@@ -59,12 +59,12 @@ class HostMm:
         _check_prot(prot)
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
         before = self._armings(place)
-        effects: list[Effect] = []
+        moves: list[Effect] = []
         if self.vmas.remove(place):
             self.table.clear_range(place)
-            effects.append(Punch(place))
+            moves.append(Punch(place))
         self.vmas.insert(Vma(place, prot))
-        return place, self._rearm(place, before) + effects
+        return place, self._rearm(place, before, moves)
 
     def munmap(self, ar: AddrRange) -> list[Effect]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
@@ -72,7 +72,7 @@ class HostMm:
         before = self._armings(ar)
         self.vmas.remove(ar)
         self.table.clear_range(ar)
-        return [*self._rearm(ar, before), Punch(ar)]
+        return self._rearm(ar, before, [Punch(ar)])
 
     def mprotect(self, ar: AddrRange, prot: Prot) -> list[Effect]:
         """Change the protection of ``ar`` (compare mm/mprotect.c:do_mprotect_pkey).
@@ -84,18 +84,16 @@ class HostMm:
         if self.vmas.holes(ar):
             raise NoMemoryError(f"{ar} is not mapped throughout; map it first")
         before = self._armings(ar)
-        effects: list[Effect] = []
+        moves: list[Effect] = []
         for vma in self.vmas.remove(ar):
-            readable = bool(prot & (Prot.READ | Prot.WRITE))
-            if vma.prot & PROT_RW and not readable:
-                effects.append(Stash(vma.ar))
-            elif readable and not vma.prot & PROT_RW:
-                effects.append(Unstash(vma.ar))
+            if vma.prot & PROT_RW and not prot & PROT_RW:
+                moves.append(Stash(vma.ar))
+            elif prot & PROT_RW and not vma.prot & PROT_RW:
+                moves.append(Unstash(vma.ar))
             self.vmas.insert(attrs.evolve(vma, prot=prot))
         self._follow_prot(ar, prot)
-        arms = self._rearm(ar, before)
-        # Contents leave after every process is armed, and are back before any is let in again.
-        return arms + effects if not prot & PROT_RW else effects + arms
+        # A store after the contents were copied and before their pages are gone would be lost.
+        return self._rearm(ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
 
     def fault(self, fault: Fault) -> Resolution:
         """Decide a fault the kernel reported; see ``msharefs.fault``."""
@@ -111,23 +109,21 @@ class HostMm:
         ``present`` are the ranges that hold data, in order, as SEEK_DATA and SEEK_HOLE tell; with ``huge``, whole
         2 MiB of them are installed as leaves. Pages of paged ranges are left: those are exact.
         """
-        native = [ar for ar, arming in self._armings(self.ar) if not arming & Arming.MISSING]
-        present = list(present)
-        for ar in native:
-            self.table.clear_range(ar)
+        for ar, arming in self._armings(self.ar):
+            if not arming & Arming.MISSING:
+                self.table.clear_range(ar)
         for data in present:
-            for ar in native:
-                piece = ar.intersect(data)
-                if piece is not None:
-                    self._install(piece, huge=huge)
+            self._install(data, huge=huge)
 
     def frame_at(self, addr: Address) -> FrameNo:
         """The frame that belongs to ``addr``: frame n is page n of the backing file."""
         return FrameNo((addr - self.ar.start) >> PAGE_SHIFT)
 
     def _install(self, ar: AddrRange, *, huge: bool) -> None:
-        """Enter pages that the kernel installed itself. Preconditions: ``ar`` is mapped throughout."""
+        """Enter pages that the kernel installed itself, in what is native of ``ar``."""
         for vma in self.vmas.overlapping(ar):
+            if self._arming(vma) & Arming.MISSING:
+                continue
             flags = pte_flags(vma.prot)
             for piece in vma.clipped(ar).ar.pieces(PMD_SIZE):
                 frame = self.frame_at(piece.start)
@@ -162,14 +158,29 @@ class HostMm:
             merged.append((part, arming))
         return merged
 
-    def _rearm(self, ar: AddrRange, before: list[tuple[AddrRange, Arming]]) -> list[Effect]:
-        """What is armed differently from ``before``."""
-        return [
-            Arm(changed, arming)
-            for now, arming in self._armings(ar)
-            for was, old in before
-            if old != arming and (changed := now.intersect(was)) is not None
-        ]
+    def _rearm(
+        self,
+        ar: AddrRange,
+        before: list[tuple[AddrRange, Arming]],
+        moves: list[Effect],
+        *,
+        also: Arming = Arming.NATIVE,
+    ) -> list[Effect]:
+        """Arm ``ar`` as it is mapped now, around ``moves`` of its contents. Preconditions: it is mapped in one way.
+
+        While contents move, what was reported before and what is from now on are reported both (and what ``also``
+        says): nobody slips in with a rule that neither the old mapping nor the new one has.
+        """
+        new = self._arming(self.vmas.find(ar.start))
+        first: list[Effect] = []
+        last: list[Effect] = []
+        for piece, old in before:
+            between = old | new | also if moves else new
+            if between != old:
+                first.append(Arm(piece, between))
+            if new != between:
+                last.append(Arm(piece, new))
+        return [*first, *moves, *last]
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:
         """Where a mapping goes (compare mm/mmap.c:get_unmapped_area)."""
@@ -196,7 +207,9 @@ class HostMm:
 
 
 def _check_prot(prot: Prot) -> None:
-    """Regions are data."""
+    """Regions are data, and protections are known."""
+    if int(prot) & ~int(PROT_RW | Prot.EXEC):
+        raise InvalidArgumentError(f"protection {int(prot):#x} has unknown bits")
     if prot & Prot.EXEC:
         raise AccessDeniedError("PROT_EXEC: memory of a region cannot be executed; leave the flag out")
 

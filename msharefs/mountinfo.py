@@ -13,9 +13,10 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 @attrs.frozen
 class Mount:
-    """One line: where it is mounted, what it is, and the uid that mounted it, for FUSE."""
+    """One line: its device (major, minor), where it is mounted, what it is, and the uid that mounted it, for FUSE."""
 
     mount_id: int
+    device: tuple[int, int]
     point: str
     fstype: str
     uid: int | None
@@ -27,7 +28,9 @@ def parse_mountinfo(text: str) -> Iterator[Mount]:
         left, _, right = line.partition(" - ")
         fields, described = left.split(" "), right.split(" ")
         owner = re.search(r"(?:^|,)user_id=(\d+)", described[-1])
-        yield Mount(int(fields[0]), _unescape(fields[4]), described[0], int(owner[1]) if owner else None)
+        major, _, minor = fields[2].partition(":")
+        device = (int(major), int(minor))
+        yield Mount(int(fields[0]), device, _unescape(fields[4]), described[0], int(owner[1]) if owner else None)
 
 
 def msharefs_mounts(text: str) -> list[Mount]:

@@ -243,7 +243,7 @@ class PageTable:
         pmd.entries[_index(addr, 1)] = leaf
         self.tables[0] += 1
         if isinstance(below, int):
-            first = below & ~PteFlag.HUGE
+            first = below & ~int(PteFlag.HUGE)
             leaf.put(0, array("Q", range(first, first + PMD_SIZE, PAGE_SIZE)))
             self.huge_pages -= 1
             self.pages += TABLE_ENTRIES

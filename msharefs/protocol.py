@@ -34,10 +34,11 @@ class Hello:
 
 @attrs.frozen
 class Welcome:
-    """Daemon: go on."""
+    """Daemon: go on. Without ``fork_events`` a forked child must adopt its windows before it touches them."""
 
     server: str
     mount: str
+    fork_events: bool
 
 
 @attrs.frozen
@@ -83,7 +84,7 @@ class Offer:
     Without ``device`` the client makes its userfaultfd by the system call, for user mode only.
     """
 
-    region: int
+    offer: int
     addr: int
     size: int
     readonly: bool
@@ -94,10 +95,11 @@ class Offer:
 class Mapped:
     """Client: the window stands at ``addr``. One descriptor, its userfaultfd.
 
-    ``anchor`` is the address of two pages registered with it too, so that a fork is always reported.
+    ``anchor`` is the address of two pages of private anonymous memory that nobody touches: the daemon registers the
+    first with the userfaultfd, so that every fork is reported.
     """
 
-    region: int
+    offer: int
     addr: int
     anchor: int
 
@@ -106,7 +108,7 @@ class Mapped:
 class Abort:
     """Client: the window could not be mapped; forget the offer."""
 
-    region: int
+    offer: int
 
 
 @attrs.frozen
@@ -118,14 +120,12 @@ class Attached:
 
 @attrs.frozen
 class Adopt:
-    """Client: a forked child asks for the attachment it inherited.
+    """Client: a forked child asks for the attachment it inherited from its parent's ``attachment``.
 
     Where the kernel reports no forks, one descriptor: a userfaultfd of the child's own, made as for ``mapped``.
     """
 
-    region: int
-    addr: int
-    anchor: int
+    attachment: int
 
 
 @attrs.frozen
@@ -137,7 +137,7 @@ class Detach:
 
 @attrs.frozen
 class Unlink:
-    """Client: end my access; the last one ends the region. One descriptor of the opened file, if it may be opened."""
+    """Client: end my access; the last one ends the region. One descriptor: the opened file, where it may be opened."""
 
     name: str
 

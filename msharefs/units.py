@@ -7,7 +7,7 @@ import re
 from msharefs.errors import InvalidArgumentError
 
 _SUFFIXES = ("", "K", "M", "G", "T", "P")
-_SIZE = re.compile(r"(\d+)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:

@@ -1,0 +1,131 @@
+"""The command ``mshared``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from msharefs.addr import PMD_SIZE
+from msharefs.effects import Signal
+from msharefs.errors import InvalidArgumentError
+from msharefs.namespace import Limits, Policy
+from msharefs.region import BackingKind
+from msharefs.units import parse_size
+
+
+class SizeType(click.ParamType[int]):
+    """A size as people write it."""
+
+    name = "SIZE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes for ``2M``."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ModeType(click.ParamType[int]):
+    """A file mode in octal."""
+
+    name = "OCTAL"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number for ``1777``."""
+        if isinstance(value, int):
+            return value
+        try:
+            mode = int(str(value), 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o1777:
+            self.fail(f"{value!r} is not an octal mode from 0 to 1777", param, ctx)
+        return mode
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="msharefs")
+@click.option("--mount", type=click.Path(path_type=Path), help="Where to mount. [default: /run/mshare for root]")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Socket and backing files. [default: by mount]")
+@click.option(
+    "--backing", type=click.Choice([*BackingKind]), help="Backing of regions that name none. [default: thp for root]"
+)
+@click.option("--align", type=SizeType(), default=PMD_SIZE, help="Alignment of addresses and sizes. [default: 2M]")
+@click.option(
+    "--paging", type=click.Choice(["auto", "all"]), default="auto", show_default=True, help="Which faults to see."
+)
+@click.option(
+    "--hole-signal",
+    type=click.Choice([s.name for s in Signal]),
+    default="SIGBUS",
+    show_default=True,
+    help="What a touch of a hole is answered with.",
+)
+@click.option("--hugetlb-pool", type=SizeType(), help="Huge pages to reserve; needs the hugetlb backing.")
+@click.option("--max-bytes", type=SizeType(), help="Sum of all region sizes at most.")
+@click.option("--max-regions", type=click.IntRange(min=1), help="Number of regions at most.")
+@click.option("--mode", type=ModeType(), default=0o1777, help="Mode of the mount's root. [default: 1777]")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What to write to stderr.",
+)
+def main(
+    *,
+    mount: Path | None,
+    state_dir: Path | None,
+    backing: str | None,
+    align: int,
+    paging: str,
+    hole_signal: str,
+    hugetlb_pool: int | None,
+    max_bytes: int | None,
+    max_regions: int | None,
+    mode: int,
+    log_level: str,
+) -> None:
+    """Serve msharefs regions: mount their names, keep their memory, answer their faults.
+
+    Runs in the foreground until SIGTERM or Ctrl-C. Exit status: 0 stopped, 1 could not start, 2 wrong usage.
+    """
+    logging.basicConfig(level=log_level.upper(), format="mshared: %(levelname)s: %(message)s", stream=sys.stderr)
+    if align < PMD_SIZE or align & (align - 1):
+        raise click.BadParameter("must be a power of two of at least 2M", param_hint="--align")
+    if hugetlb_pool is not None or backing == BackingKind.HUGETLB:
+        raise click.UsageError("the hugetlb backing is not available yet; use --backing thp")
+    policy = Policy(
+        align=align,
+        paging_all=paging == "all",
+        hole_signal=Signal[hole_signal],
+        limits=Limits(max_regions=max_regions, max_bytes=max_bytes),
+    )
+    _run(mount, state_dir, policy, BackingKind(backing) if backing else None, mode)
+
+
+def _run(mount: Path | None, state_dir: Path | None, policy: Policy, backing: BackingKind | None, mode: int) -> None:
+    try:
+        from mshared import app
+    except ImportError as error:
+        raise click.ClickException(
+            f"{error}: the daemon needs `pip install 'msharefs[daemon]'` and libfuse3"
+        ) from error
+    os.umask(0o022)
+    try:
+        place = Path(os.path.abspath(mount or app.default_mount()))  # noqa: PTH100 - resolve() would ask a dead mount
+        state = state_dir.absolute() if state_dir else app.default_state_dir(place)
+        app.run(app.Config(place, state, policy, backing, mode))
+    except app.StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Carrying out effects: the model's decisions become ioctls on every attachment and calls on the backing.
+
+An attachment that cannot follow harms itself only: its process may be gone, or may have unmapped its window behind our
+back. The change goes on for the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from mshared import backing, processes
+from mshared.live import LiveAttachment, LiveRegion
+from mshared.uffd import Outcome, classify
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
+from msharefs.errors import InternalError
+from msharefs.vma import Arming
+
+log = logging.getLogger(__name__)
+
+
+def arm_new(attachment: LiveAttachment) -> None:
+    """Arm a window that nobody has touched yet as its region is armed. Raises OSError when it is not mapped."""
+    region = attachment.region.model
+    for ar, arming in region.mm.armings():
+        _arm(attachment, ar, arming)
+
+
+def carry_out(region: LiveRegion, effects: Iterable[Effect]) -> None:
+    """Make the kernel follow a change of the region, in the order given. Raises OSError where memory is short."""
+    for effect in effects:
+        match effect:
+            case Arm(ar, arming):
+                for attachment in region.attachments:
+                    _try(attachment, partial(_arm, attachment, ar, arming))
+            case Punch(ar):
+                region.backing.punch(_offsets(region, ar))
+            case Stash(ar):
+                backing.move(region.backing.fd, region.stash(), _offsets(region, ar))
+            case Unstash(ar):
+                backing.move(region.stash(), region.backing.fd, _offsets(region, ar))
+            case Wake(ar):
+                _wake_all(region, ar)
+            case _:
+                raise InternalError(f"{effect} answers a fault, it changes no region")
+
+
+def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Deliver | Wake | ZeroFill) -> Outcome:
+    """Do what the model decided about the thread ``tid`` that waits at ``addr`` (its own address)."""
+    page = AddrRange.page_at(addr)
+    match effect:
+        case ZeroFill(_, protected):
+            return _zero_fill(attachment, page, protected=protected)
+        case Wake():
+            _try(attachment, lambda: attachment.uffd.wake(page))
+            return Outcome.EXISTS
+        case Deliver(signal):
+            return _deliver(attachment, addr, tid, signal)
+
+
+def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:
+    if attachment.model.readonly:
+        arming &= ~Arming.WP  # A private mapping that cannot be written: no store ever reaches the region.
+    attachment.uffd.arm(attachment.region.model.to_guest(attachment.model, ar), arming)
+
+
+def _zero_fill(attachment: LiveAttachment, page: AddrRange, *, protected: bool) -> Outcome:
+    """Install a zero page in the file.
+
+    A read-only window is a private mapping: UFFDIO_ZEROPAGE would give it a page of its own that the region never
+    sees. There the page is made in the file, and the thread finds it when it tries again.
+    """
+    if attachment.model.readonly:
+        region = attachment.region
+        host = page.moved(region.model.ar.start - attachment.model.window.start)
+        region.backing.fill_zero(region.model.offset_of(host), PAGE_SIZE)
+        return _try(attachment, lambda: attachment.uffd.wake(page))
+    outcome = _try(attachment, lambda: attachment.uffd.zero(page, protected=protected))
+    if outcome is Outcome.EXISTS:
+        _try(attachment, lambda: attachment.uffd.wake(page))
+    return outcome
+
+
+def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal) -> Outcome:
+    """Signal the thread. One that blocks or ignores the signal is poisoned: as in a kernel, it cannot look away."""
+    pid = attachment.model.pid or processes.process_of_thread(tid)
+    if pid is None:
+        return Outcome.GONE
+    tid = processes.thread_seen_from_here(pid, tid)
+    if processes.would_miss(pid, tid, signal):
+        log.info("%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
+        return _try(attachment, lambda: attachment.uffd.poison(AddrRange.page_at(addr)))
+    log.info("%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
+    try:
+        processes.send_fault_signal(pid, tid, signal, addr)
+    except ProcessLookupError:
+        return Outcome.GONE
+    return Outcome.SERVED
+
+
+def _wake_all(region: LiveRegion, ar: AddrRange) -> None:
+    for attachment in region.attachments:
+        guest = region.model.to_guest(attachment.model, ar)
+        _try(attachment, partial(attachment.uffd.wake, guest))
+
+
+def _offsets(region: LiveRegion, ar: AddrRange) -> AddrRange:
+    """The same range as offsets in the backing file."""
+    return ar.moved(-region.model.ar.start)
+
+
+def _try(attachment: LiveAttachment, ioctl: Callable[[], None]) -> Outcome:
+    """Run an ioctl on a client's address space; what it came to."""
+    try:
+        ioctl()
+    except OSError as error:
+        outcome = classify(error)
+        if outcome in (Outcome.GONE, Outcome.UNMAPPED):
+            log.debug("%s: %s (%s)", attachment, outcome.value, error.strerror)
+        return outcome
+    return Outcome.SERVED

@@ -1,0 +1,252 @@
+"""Where the pages of regions come from: one sparse file a region, offset in the file = offset in the region.
+
+As root the files lie on tmpfs mounts of the daemon's own, one with huge=always (``thp``), one without (``4k``);
+an ordinary user gets sealed memfds (``4k``). Either way clients hold descriptors that cannot shrink the file, and
+those of read-only clients cannot be opened again for writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from mshared import landlock, libc, mounts
+from msharefs.addr import AddrRange
+from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
+from msharefs.region import BackingKind, RegionId
+
+log = logging.getLogger(__name__)
+
+_PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_F_ADD_SEALS: Final = 1033
+_SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
+_CHUNK: Final = 1 << 20
+
+
+@attrs.frozen
+class Backing:
+    """The file of one region. Owns its descriptors.
+
+    ``fd`` is the daemon's own, ``writable`` and ``readonly`` are what clients get a copy of. Ranges are offsets.
+    """
+
+    fd: int
+    writable: int
+    readonly: int
+    path: Path | None
+
+    def punch(self, ar: AddrRange) -> None:
+        """Give the memory of ``ar`` back and take it out of every process, with no event."""
+        punch(self.fd, ar)
+
+    def fill_zero(self, offset: int, length: int) -> None:
+        """Make pages of zeros where the file holds none; what it holds stays."""
+        libc.call("fallocate64", self.fd, 0, offset, length)
+
+    @contextlib.contextmanager
+    def duplicate(self) -> Iterator[int]:
+        """A descriptor of the file that outlives this backing, for a worker thread to read."""
+        fd = os.dup(self.fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Take the name away and close; the memory lives on in whatever still maps it."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+        for fd in {self.fd, self.writable, self.readonly}:
+            os.close(fd)
+
+
+class BackingStore:
+    """Makes backings. ``kinds`` says which, the first being the default; ``free_bytes`` what they may still take."""
+
+    kinds: tuple[BackingKind, ...]
+
+    def create(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
+        """A sparse file of ``size`` bytes. Raises NotSupportedError for a kind that is not here."""
+        if kind not in self.kinds:
+            raise NotSupportedError(self.why_not(kind))
+        try:
+            return self._make(region, kind, size)
+        except OSError as error:
+            raise _no_room(error, size) from error
+
+    def why_not(self, kind: BackingKind) -> str:
+        """Why a kind cannot be had, and the cure."""
+        if kind is BackingKind.HUGETLB:
+            return "backing hugetlb is not available yet; use thp, which needs no reserved pages"
+        return (
+            f"backing {kind} needs a daemon run by root; use one of {', '.join(self.kinds)}, or start mshared as root"
+        )
+
+    def capacity(self) -> tuple[int, int]:
+        """Bytes of memory for regions, in all and free."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take away what the store mounted."""
+
+    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
+        raise NotImplementedError
+
+
+class TmpfsStore(BackingStore):
+    """Named files on two tmpfs mounts below ``root``, for a daemon run by root."""
+
+    kinds = (BackingKind.THP, BackingKind.SMALL)
+
+    def __init__(self, root: Path, max_bytes: int | None) -> None:
+        self._root = root
+        self._readonly: dict[BackingKind, int | None] = {}
+        self._landlock = landlock.is_available()
+        size = "90%" if max_bytes is None else str(max_bytes)
+        if not self._landlock:
+            log.warning("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
+        for kind, huge in ((BackingKind.THP, "always"), (BackingKind.SMALL, "never")):
+            (root / kind).mkdir(mode=0o700, exist_ok=True)
+            mounts.mount_tmpfs(root / kind, f"size={size},huge={huge}")
+            self._readonly[kind] = mounts.readonly_copy(root / kind)
+
+    def capacity(self) -> tuple[int, int]:
+        """As the huge mount tells."""
+        fs = os.statvfs(self._root / BackingKind.THP)
+        return fs.f_blocks * fs.f_frsize, fs.f_bavail * fs.f_frsize
+
+    def close(self) -> None:
+        """Unmount; memory that is still mapped somewhere stays until that ends."""
+        for kind, tree in self._readonly.items():
+            if tree is not None:
+                os.close(tree)
+            mounts.unmount(self._root / kind)
+            (self._root / kind).rmdir()
+
+    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
+        path = self._root / kind / str(region)
+        with _Undo() as undo:
+            fd = undo.open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            undo.path = path
+            os.ftruncate(fd, size)
+            opener = landlock.open_without_truncate if self._landlock else os.open
+            writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
+            readonly = undo.open(self._open_readonly(path, kind))
+            undo.keep()
+        return Backing(fd, writable, readonly, path)
+
+    def _open_readonly(self, path: Path, kind: BackingKind) -> int:
+        tree = self._readonly[kind]
+        if tree is None:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=tree)
+
+
+class MemfdStore(BackingStore):
+    """Sealed memfds, for a daemon without privileges."""
+
+    kinds = (BackingKind.SMALL,)
+
+    def capacity(self) -> tuple[int, int]:
+        """What the machine has and could give now."""
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
+        return total, free
+
+    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:  # noqa: ARG002 - one kind only
+        with _Undo() as undo:
+            fd = undo.open(os.memfd_create(f"msharefs-{region}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            os.ftruncate(fd, size)
+            libc.call("fcntl", fd, _F_ADD_SEALS, _SEALS)
+            readonly = undo.open(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+            os.fchmod(fd, 0)  # So that the read-only descriptor is not simply opened again for writing.
+            undo.keep()
+        return Backing(fd, fd, readonly, None)
+
+
+class _Undo:
+    """Closes and unlinks what was made, unless ``keep`` was called."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+        self.path: Path | None = None
+
+    def __enter__(self) -> _Undo:
+        return self
+
+    def open(self, fd: int) -> int:
+        """Note a descriptor."""
+        self._fds.append(fd)
+        return fd
+
+    def keep(self) -> None:
+        """Everything worked."""
+        self._fds, self.path = [], None
+
+    def __exit__(self, *_exc: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def punch(fd: int, ar: AddrRange) -> None:
+    """FALLOC_FL_PUNCH_HOLE over a range of offsets."""
+    libc.call("fallocate64", fd, _PUNCH, ar.start, ar.size)
+
+
+def resident(fd: int) -> int:
+    """Bytes of memory a file takes."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def extents(fd: int) -> Iterator[AddrRange]:
+    """Where a file holds data, by SEEK_DATA and SEEK_HOLE."""
+    end = os.fstat(fd).st_size
+    at = 0
+    while at < end:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        if start < at:
+            yield AddrRange.sized(start, at - start)
+
+
+def move(source: int, target: int, ar: AddrRange) -> None:
+    """Move what ``source`` holds of a range of offsets to the same place in ``target``.
+
+    Pages that ``source`` does not hold are not made in ``target``. Raises OSError (ENOSPC) with all still in source.
+    """
+    held = [part for extent in extents(source) if (part := extent.intersect(ar)) is not None]
+    for part in held:
+        for piece in part.pieces(_CHUNK):
+            _write_all(target, os.pread(source, piece.size, piece.start), piece.start)
+    for part in held:
+        punch(source, part)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _no_room(error: OSError, size: int) -> MshareError:
+    """The model's words for an OSError of the filesystem."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG):
+        return NoSpaceError(
+            f"no room for a region of {size} bytes: {error.strerror}; unlink some, or raise --max-bytes"
+        )
+    raise error

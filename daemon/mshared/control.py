@@ -1,0 +1,269 @@
+"""The control socket: packets and descriptors in, requests to the service, answers out.
+
+One task a connection. Every descriptor that arrives is either taken by the service or closed. A packet that is not of
+the protocol gets its ``failed`` and the connection goes on: SOCK_SEQPACKET tells the next one apart. A packet that was
+cut short ends it.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from mshared.live import LiveRegion
+from mshared.service import Answer, Caller, Pending, Service
+from mshared.tickets import Closer, read_ticket
+from msharefs import protocol
+from msharefs.errors import BadDescriptorError, MshareError, NotFoundError, ProtocolError
+from msharefs.perms import Credentials
+
+log = logging.getLogger(__name__)
+
+HELLO_PATIENCE: Final = 10.0
+"""Seconds a connection may take to say hello."""
+BACKLOG: Final = 1024
+_SO_PEERGROUPS: Final = 59
+_UCRED: Final = struct.Struct("=iII")
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * 16)
+"""Room for more descriptors than any message has, so that a few too many are told by number."""
+
+
+class ControlServer:
+    """Listens on ``path`` and serves each connection. ``device`` is the mount's, to know its files by."""
+
+    def __init__(self, service: Service, mount: Path, device: tuple[int, int]) -> None:
+        self._service = service
+        self._mount = mount
+        self._device = device
+
+    async def serve(self, listener: trio.socket.SocketType) -> None:
+        """Accept for ever."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    sock, _ = await listener.accept()
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED):
+                        raise
+                    log.warning("cannot accept: %s; raise the limit of open files", error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                nursery.start_soon(self._serve_one, sock)
+
+    async def _serve_one(self, sock: trio.socket.SocketType) -> None:
+        """Serve one connection to its end, whatever happens on it."""
+        async with trio.open_nursery() as nursery:
+            connection = _Connection(self._service, self._mount, self._device, sock, Closer(nursery))
+            try:
+                await connection.run()
+            except (OSError, _HungUp):
+                pass  # The client is gone, in the middle of a word perhaps.
+            except Exception:
+                log.exception("pid %d: connection failed", connection.caller.pid)
+            finally:
+                sock.close()
+                connection.close()
+
+
+class _HungUp(Exception):
+    """The connection is at its end."""
+
+
+class _Connection:
+    """One client's connection: its credentials, and the offers that wait for an answer."""
+
+    def __init__(
+        self, service: Service, mount: Path, device: tuple[int, int], sock: trio.socket.SocketType, closer: Closer
+    ) -> None:
+        self._service = service
+        self._mount = mount
+        self._device = device
+        self._sock = sock
+        self._closer = closer
+        self._offers: dict[int, Pending] = {}
+        self._next_offer = 1
+        self._greeted = False
+        self.caller = _caller(sock)
+
+    async def run(self) -> None:
+        """Hello, then requests, until the client hangs up."""
+        with trio.move_on_after(HELLO_PATIENCE) as patience:
+            while not self._greeted:
+                await self._exchange(self._hello)
+        if patience.cancelled_caught:
+            log.info("pid %d: said nothing for %d s, hung up", self.caller.pid, HELLO_PATIENCE)
+            return
+        while True:
+            await self._exchange(self._answer)
+
+    def close(self) -> None:
+        """Forget what was offered and never taken, and whoever is gone."""
+        for pending in self._offers.values():
+            self._service.give_up(pending)
+        self._offers.clear()
+
+    async def _exchange(self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]]) -> None:
+        """One request, one reply."""
+        packet, fds = await self._receive()
+        try:
+            reply = await self._guarded(answer, packet, fds)
+        finally:
+            self._closer.close(fds)
+        await self._send(reply)
+
+    async def _guarded(
+        self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]], packet: bytes, fds: list[int]
+    ) -> Answer:
+        """The answer, or what went wrong in words; what nobody expected is EIO and a traceback in the log."""
+        try:
+            message, announced = protocol.decode(packet)
+            _expect(fds, announced)
+            return await answer(message, fds)
+        except MshareError as error:
+            return Answer(protocol.Failed(error.errno, str(error)))
+        except Exception:
+            log.exception("pid %d: request failed", self.caller.pid)
+            return Answer(protocol.Failed(errno.EIO, "internal error of mshared; its log has the details"))
+
+    async def _hello(self, message: protocol.Message, fds: list[int]) -> Answer:
+        """Answer the first message."""
+        if not isinstance(message, protocol.Hello):
+            raise ProtocolError("the first message must be hello")
+        _expect(fds, 0)
+        self._greeted = True
+        return Answer(protocol.Welcome("mshared", str(self._mount), self._service.lifetimes.fork_events))
+
+    async def _answer(self, message: protocol.Message, fds: list[int]) -> Answer:
+        """Answer any other message; descriptors that are used up are taken out of ``fds``."""
+        service, caller = self._service, self.caller
+        match message:
+            case protocol.Create():
+                _expect(fds, 0)
+                answer, pending = service.create(caller, message)
+                return answer if pending is None else self._offered(answer, pending)
+            case protocol.Attach():
+                _expect(fds, 1)
+                return self._offered(*await service.attach(caller, message, fds[0], self._device))
+            case protocol.Mapped():
+                _expect(fds, 1)
+                answer = service.mapped(caller, message, self._offer(message.offer), fds[0])
+                del self._offers[message.offer]
+                fds.pop()
+                return answer
+            case protocol.Abort():
+                _expect(fds, 0)
+                service.give_up(self._offer(message.offer))
+                del self._offers[message.offer]
+                return Answer(protocol.Done())
+            case protocol.Adopt():
+                return self._adopted(message, fds)
+            case protocol.Detach():
+                _expect(fds, 0)
+                return service.detach(caller, message)
+            case protocol.Unlink():
+                _expect(fds, 0, 1)
+                return service.unlink(caller, message, read_ticket(fds[0], self._device) if fds else None)
+            case protocol.Remove():
+                _expect(fds, 0)
+                return service.remove(caller, message)
+            case protocol.GetStat():
+                return Answer(await service.stat(self._region(message.attachment, fds)))
+            case protocol.GetMaps():
+                return Answer(await service.maps(self._region(message.attachment, fds)))
+            case protocol.GetList():
+                _expect(fds, 0)
+                return service.listing()
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is nothing a client may say here")
+
+    def _adopted(self, message: protocol.Adopt, fds: list[int]) -> Answer:
+        _expect(fds, 0, 1)
+        answer = self._service.adopt(self.caller, message, fds[0] if fds else None)
+        if fds and not self._service.lifetimes.fork_events:
+            fds.pop()
+        return answer
+
+    def _offered(self, answer: Answer, pending: Pending) -> Answer:
+        number = self._next_offer
+        self._next_offer += 1
+        self._offers[number] = pending
+        assert isinstance(answer.reply, protocol.Offer)
+        return attrs.evolve(answer, reply=attrs.evolve(answer.reply, offer=number))
+
+    def _offer(self, number: int) -> Pending:
+        pending = self._offers.get(number)
+        if pending is None:
+            raise NotFoundError(f"there is no offer {number} on this connection")
+        return pending
+
+    def _region(self, attachment: int | None, fds: list[int]) -> LiveRegion:
+        if attachment is not None:
+            _expect(fds, 0)
+            return self._service.own_region(self.caller, attachment)
+        _expect(fds, 1)
+        return self._service.ticket_region(read_ticket(fds[0], self._device))
+
+    async def _receive(self) -> tuple[bytes, list[int]]:
+        """The next packet with its descriptors. Raises _HungUp at the end of the connection."""
+        packet, ancillary, flags, _ = await self._sock.recvmsg(
+            protocol.MAX_PACKET + 1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+        )
+        fds = _descriptors(ancillary)
+        if not packet and not fds:
+            raise _HungUp
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            self._closer.close(fds)
+            error = ProtocolError("a packet of more than 64 KiB, or with more than 16 descriptors; hanging up")
+            await self._send(Answer(protocol.Failed(error.errno, str(error))))
+            raise _HungUp
+        return packet, fds
+
+    async def _send(self, answer: Answer) -> None:
+        packet = protocol.encode(answer.reply, len(answer.fds))
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", answer.fds))] if answer.fds else []
+        await self._sock.sendmsg([packet], ancillary)
+
+
+def _expect(fds: list[int], *counts: int) -> None:
+    if len(fds) not in counts:
+        raise BadDescriptorError(f"{len(fds)} descriptors came, {' or '.join(map(str, counts))} were expected")
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Descriptors in control messages; a part of one, where the last was cut, is none."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def _caller(sock: trio.socket.SocketType) -> Caller:
+    """Who connected (unix(7), SO_PEERCRED and SO_PEERGROUPS)."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    groups = array.array("I")
+    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * os.sysconf("SC_NGROUPS_MAX")))
+    return Caller(pid, Credentials(uid, gid, frozenset(groups)))
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening SOCK_SEQPACKET socket at ``path`` that anybody may connect to; the mount's modes protect regions."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(str(path))
+        path.chmod(0o666)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

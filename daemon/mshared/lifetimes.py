@@ -1,0 +1,283 @@
+"""Who is attached, from first message to death: attachments made, inherited by fork, and lost however it happens.
+
+Death is seen three ways, because none sees all: a pidfd turns readable when a process ends; a userfaultfd answers ESRCH
+when its address space is gone, which is how an exec shows; and a connection closes. Forked children announce themselves
+by their userfaultfd, which does not say whose it is: ``_identify`` marks the address space and looks for the mark.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Final
+
+import trio
+
+from mshared import apply, processes
+from mshared.backing import Backing
+from mshared.live import LiveAttachment, LiveRegion
+from mshared.pager import Pager
+from mshared.uffd import Outcome, Uffd, is_userfaultfd
+from msharefs import uffd_abi as abi
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
+from msharefs.fault import Fault
+from msharefs.namespace import Namespace
+from msharefs.perms import Access
+from msharefs.region import AttachmentId, Region, RegionId
+from msharefs.vma import Arming
+
+log = logging.getLogger(__name__)
+
+SWEEP_INTERVAL: Final = 1.0
+"""Seconds between two looks for address spaces that went without a word."""
+_FIRST_LOOK: Final = 0.001
+_LAST_LOOK: Final = 0.5
+"""Seconds between two looks for a forked child: from the first to the longest."""
+
+
+class Lifetimes:
+    """All live regions and attachments. ``features`` are those every userfaultfd is opened with."""
+
+    def __init__(self, namespace: Namespace, pager: Pager, features: abi.Feature) -> None:
+        self.namespace = namespace
+        self._pager = pager
+        self._features = features
+        self._regions: dict[RegionId, LiveRegion] = {}
+        self._attachments: dict[AttachmentId, LiveAttachment] = {}
+        self._pidfds: dict[int, int] = {}
+        self._unidentified: list[LiveAttachment] = []
+        self._fork_seen = trio.Event()
+
+    @property
+    def fork_events(self) -> bool:
+        """Whether the kernel reports forks to this daemon."""
+        return bool(self._features & abi.Feature.EVENT_FORK)
+
+    @property
+    def attachment_count(self) -> int:
+        """How many references there are, over all regions."""
+        return len(self._attachments)
+
+    def add_region(self, model: Region, backing: Backing) -> LiveRegion:
+        """Take over a new region and its files."""
+        live = LiveRegion(model, backing)
+        self._regions[model.id] = live
+        return live
+
+    def region(self, model: Region) -> LiveRegion:
+        """The files of a region of the namespace."""
+        return self._regions[model.id]
+
+    def regions(self) -> list[LiveRegion]:
+        """All that exist."""
+        return list(self._regions.values())
+
+    def attachment(self, number: int) -> LiveAttachment:
+        """The attachment with that number. Raises NotFoundError."""
+        found = self._attachments.get(AttachmentId(number))
+        if found is None:
+            raise NotFoundError(f"there is no attachment {number}; attach again")
+        return found
+
+    def of_process(self, region: Region, pid: int) -> list[LiveAttachment]:
+        """The windows of one process on one region."""
+        return [a for a in self._regions[region.id].attachments if a.model.pid == pid]
+
+    def forget(self, region: LiveRegion) -> None:
+        """Close the files of a region that the namespace has let go."""
+        del self._regions[region.model.id]
+        region.settled.set()
+        region.close()
+
+    def attach(
+        self, region: LiveRegion, window: int, pid: int, fd: int, anchor: int, *, readonly: bool
+    ) -> LiveAttachment:
+        """Arm a new window and count it. Takes the descriptor when it succeeds.
+
+        Raises BadDescriptorError when ``fd`` is no fresh userfaultfd, InvalidArgumentError when window or anchor are
+        not mapped in its address space.
+        """
+        uffd = self._open(fd)
+        was_ready = region.model.ready
+        model = self.namespace.attach(region.model, window, pid, readonly=readonly)
+        live = LiveAttachment(model, region, uffd, Address(anchor))
+        try:
+            if self.fork_events:
+                uffd.arm(AddrRange.sized(anchor, PAGE_SIZE), Arming.MISSING)
+            apply.arm_new(live)
+            self._watch_process(pid)
+        except OSError as error:
+            region.model.ready = was_ready
+            if self.namespace.detach(region.model, model):
+                self.forget(region)
+            raise InvalidArgumentError(f"the window at {window:#x} cannot be armed: {error.strerror}") from error
+        self._add(live)
+        region.settled.set()
+        return live
+
+    def drop(self, live: LiveAttachment) -> None:
+        """End a reference. The region goes too when it has no name any more and this was the last."""
+        if self._attachments.pop(live.model.id, None) is None:
+            return
+        live.region.attachments.remove(live)
+        if live in self._unidentified:
+            self._unidentified.remove(live)
+        self._pager.remove(live.uffd.fd)
+        live.uffd.close()
+        gone = self.namespace.detach(live.region.model, live.model)
+        self._unwatch_process(live.model.pid)
+        if gone:
+            self.forget(live.region)
+
+    def sweep(self, attachments: Iterable[LiveAttachment] | None = None) -> None:
+        """Drop references whose address space is gone."""
+        for live in list(self._attachments.values() if attachments is None else attachments):
+            if not live.uffd.is_alive():
+                log.debug("%s: address space gone", live)
+                self.drop(live)
+
+    async def sweep_forever(self) -> None:
+        """Look from time to time for what no event tells."""
+        while True:
+            await trio.sleep(SWEEP_INTERVAL)
+            self.sweep()
+
+    async def identify_forever(self) -> None:
+        """Find out whose the userfaultfds of forked children are, soon after the fork."""
+        while True:
+            await self._fork_seen.wait()
+            self._fork_seen = trio.Event()
+            delay = _FIRST_LOOK
+            while self._unidentified:
+                with trio.move_on_after(delay):
+                    await self._fork_seen.wait()
+                    self._fork_seen = trio.Event()
+                    delay = _FIRST_LOOK
+                self.identify(everywhere=delay >= _LAST_LOOK)
+                delay = min(2 * delay, _LAST_LOOK)
+
+    def identify(self, *, everywhere: bool = False) -> None:
+        """Look once for the processes of forked children; ``everywhere``: also among those with another parent now."""
+        self.sweep(self._unidentified)
+        for live in list(self._unidentified):
+            known = live.region.model.pids
+            parent = live.parent_pid
+            candidates = processes.all_pids() if everywhere or parent is None else processes.children_of(parent)
+            self._identify(live, [pid for pid in candidates if pid not in known])
+
+    def adopt(self, parent: int, pid: int) -> LiveAttachment:
+        """The attachment that the forked process ``pid`` inherited from its parent's. Raises NotFoundError."""
+        for live in list(self._attachments.values()):
+            if live.model.forked_from == parent and live.model.pid is None:
+                self._identify(live, [pid])
+            if live.model.forked_from == parent and live.model.pid == pid:
+                return live
+        raise NotFoundError(f"process {pid} has inherited no window; attach again")
+
+    def adopt_without_events(self, parent: int, pid: int, fd: int) -> LiveAttachment:
+        """Attach a forked child whose parent is still attached, where the kernel reports no forks."""
+        origin = self.attachment(parent)
+        if processes.parent_of(pid) != origin.model.pid:
+            raise NotFoundError(f"process {pid} is no child of one that has this window; attach again")
+        model = origin.model
+        live = self.attach(origin.region, model.window.start, pid, fd, origin.anchor, readonly=model.readonly)
+        live.model.forked_from = model.id
+        return live
+
+    def _open(self, fd: int) -> Uffd:
+        if not is_userfaultfd(fd):
+            raise BadDescriptorError("the descriptor is no userfaultfd; make one with the device that was offered")
+        os.set_blocking(fd, False)
+        uffd = Uffd(fd)
+        try:
+            uffd.open_api(self._features)
+        except OSError as error:
+            raise BadDescriptorError(f"the userfaultfd cannot be opened ({error.strerror}); send a new one") from error
+        return uffd
+
+    def _add(self, live: LiveAttachment) -> None:
+        self._attachments[live.model.id] = live
+        live.region.attachments.append(live)
+        self._pager.add(live.uffd.fd, lambda: self._on_messages(live))
+
+    def _watch_process(self, pid: int) -> None:
+        if pid in self._pidfds:
+            return
+        pidfd = processes.pidfd_open(pid)
+        if pidfd is None:
+            raise ProcessLookupError(3, "the process is gone")
+        self._pidfds[pid] = pidfd
+        self._pager.add(pidfd, lambda: self._on_death(pid))
+
+    def _unwatch_process(self, pid: int | None) -> None:
+        if pid in self._pidfds and all(a.model.pid != pid for a in self._attachments.values()):
+            pidfd = self._pidfds.pop(pid)
+            self._pager.remove(pidfd)
+            os.close(pidfd)
+
+    def _on_death(self, pid: int) -> None:
+        for live in [a for a in self._attachments.values() if a.model.pid == pid]:
+            self.drop(live)
+        self._unwatch_process(pid)
+
+    def _on_messages(self, live: LiveAttachment) -> None:
+        data = live.uffd.read()
+        for at in range(0, len(data), abi.MESSAGE_SIZE):
+            event = data[at]
+            if event == abi.Event.PAGEFAULT:
+                _, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack_from(data, at)
+                self._on_fault(live, flags, addr, tid)
+            elif event == abi.Event.FORK:
+                self._on_fork(live, abi.FORK_STRUCT.unpack_from(data, at)[1])
+
+    def _on_fault(self, live: LiveAttachment, flags: int, addr: int, tid: int) -> None:
+        """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
+        region = live.region.model
+        if live.model.id not in self._attachments or addr not in live.model.window:
+            return
+        access = Access.WRITE if flags & (abi.FLAG_WRITE | abi.FLAG_WP) else Access.READ
+        fault = Fault(region.to_host(live.model, Address(addr)), access, protected=bool(flags & abi.FLAG_WP))
+        outcome = apply.answer_fault(live, Address(addr), tid, region.mm.fault(fault).effect)
+        region.faults += outcome is Outcome.SERVED
+        if outcome is Outcome.RETRY:
+            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+
+    def _on_fork(self, parent: LiveAttachment, fd: int) -> None:
+        """A child exists and waits in fork(): it has its parent's windows, armed as they are."""
+        os.set_blocking(fd, False)
+        region = parent.region
+        model = self.namespace.attach(
+            region.model,
+            parent.model.window.start,
+            None,
+            readonly=parent.model.readonly,
+            forked_from=parent.model.id,
+        )
+        child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid)
+        self._add(child)
+        self._unidentified.append(child)
+        self._fork_seen.set()
+
+    def _identify(self, live: LiveAttachment, candidates: list[int]) -> None:
+        """Mark the child's address space, look which process has the mark, and take it off again.
+
+        With both pages of the anchor registered alike, the kernel shows them as one mapping of two pages.
+        """
+        try:
+            live.uffd.arm(live.mark_page, Arming.MISSING)
+        except OSError:
+            self.sweep([live])
+            return
+        try:
+            pid = next((p for p in candidates if processes.mapping_size(p, live.anchor) == 2 * PAGE_SIZE), None)
+        finally:
+            live.uffd.arm(live.mark_page, Arming.NATIVE)
+        if pid is not None:
+            self._unidentified.remove(live)
+            live.model.pid = pid
+            try:
+                self._watch_process(pid)
+            except ProcessLookupError:
+                self.drop(live)

@@ -1,0 +1,58 @@
+"""A region and an attachment together with what the kernel holds for them."""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+import trio
+
+from mshared.backing import Backing
+from mshared.uffd import Uffd
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.region import Attachment, Region
+
+
+@attrs.define(eq=False)
+class LiveAttachment:
+    """An attachment and its userfaultfd. ``anchor`` is where the client keeps its two registered pages."""
+
+    model: Attachment
+    region: LiveRegion
+    uffd: Uffd
+    anchor: Address
+    parent_pid: int | None = None
+
+    @property
+    def mark_page(self) -> AddrRange:
+        """The second page of the anchor: registered too for a moment, it tells this address space from others."""
+        return AddrRange.sized(self.anchor + PAGE_SIZE, PAGE_SIZE)
+
+    def __str__(self) -> str:
+        """How log lines start."""
+        return f"region {self.region.model.name or self.region.model.id} pid {self.model.pid}"
+
+
+@attrs.define(eq=False)
+class LiveRegion:
+    """A region and its files. ``settled`` is set once its creator is attached, or has failed."""
+
+    model: Region
+    backing: Backing
+    attachments: list[LiveAttachment] = attrs.Factory(list)
+    settled: trio.Event = attrs.Factory(trio.Event)
+    _stash: int | None = None
+
+    def stash(self) -> int:
+        """The file where contents wait that no process may touch; made when first needed."""
+        if self._stash is None:
+            self._stash = os.memfd_create(f"msharefs-stash-{self.model.id}", os.MFD_CLOEXEC)
+            os.ftruncate(self._stash, self.model.ar.size)
+        return self._stash
+
+    def close(self) -> None:
+        """Close the files. Preconditions: nobody is attached."""
+        self.backing.close()
+        if self._stash is not None:
+            os.close(self._stash)
+            self._stash = None

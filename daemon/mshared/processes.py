@@ -1,0 +1,131 @@
+"""What the daemon must know of other processes, read from /proc, and signals to their threads."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mshared import libc
+from msharefs.addr import Address
+from msharefs.effects import Signal
+
+_SYS_RT_TGSIGQUEUEINFO: Final = 297
+_SI_QUEUE: Final = -1
+_SIGINFO_SIZE: Final = 128
+_SIGINFO: Final = struct.Struct("=iii4xQ")
+"""si_signo, si_errno, si_code, and si_addr where the fault signals have it."""
+_PROC: Final = Path("/proc")
+
+
+def status_fields(path: Path) -> dict[str, str]:
+    """The fields of a /proc/.../status file; empty when the process is gone."""
+    try:
+        lines = (path / "status").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that ``pid`` was forked from, while that lives."""
+    ppid = status_fields(_PROC / str(pid)).get("PPid")
+    return int(ppid) if ppid else None
+
+
+def children_of(pid: int) -> set[int]:
+    """Processes forked by any thread of ``pid`` and still its children; empty when it is gone."""
+    found: set[int] = set()
+    try:
+        for task in (_PROC / str(pid) / "task").iterdir():
+            found.update(map(int, (task / "children").read_text().split()))
+    except OSError:
+        pass
+    return found
+
+
+def all_pids() -> Iterator[int]:
+    """Every process there is."""
+    return (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
+
+
+def mapping_size(pid: int, start: int) -> int | None:
+    """Bytes of the mapping that starts exactly at ``start`` in a process, or None."""
+    prefix = f"{start:08x}-"
+    try:
+        with (_PROC / str(pid) / "maps").open() as maps:
+            for line in maps:
+                if line.startswith(prefix):
+                    return int(line[len(prefix) :].split(" ", 1)[0], 16) - start
+    except OSError:
+        pass
+    return None
+
+
+def page_table_bytes(pid: int) -> int:
+    """VmPTE: bytes of page tables the kernel keeps for a process; 0 when it is gone."""
+    kilobytes = status_fields(_PROC / str(pid)).get("VmPTE", "0 kB")
+    return int(kilobytes.split()[0]) << 10
+
+
+def huge_mapped_bytes(pid: int, start: int, end: int) -> int:
+    """Bytes of shared memory between two addresses that a process has mapped by 2 MiB entries."""
+    total, inside = 0, False
+    try:
+        with (_PROC / str(pid) / "smaps").open() as smaps:
+            for line in smaps:
+                first, _, rest = line.partition(" ")
+                if "-" in first:
+                    inside = start <= int(first.split("-")[0], 16) < end
+                elif inside and first == "ShmemPmdMapped:":
+                    total += int(rest.split()[0]) << 10
+    except OSError:
+        pass
+    return total
+
+
+def thread_seen_from_here(pid: int, tid: int) -> int:
+    """The id that thread ``tid`` of process ``pid`` has in this pid namespace.
+
+    A userfaultfd names threads as their own pid namespace does (NSpid, innermost last).
+    """
+    tasks = _PROC / str(pid) / "task"
+    fields = status_fields(tasks / str(tid))
+    if len(fields.get("NSpid", "").split()) == 1:
+        return tid
+    try:
+        for task in tasks.iterdir():
+            if status_fields(task).get("NSpid", "").split()[-1:] == [str(tid)]:
+                return int(task.name)
+    except OSError:
+        pass
+    return tid
+
+
+def process_of_thread(tid: int) -> int | None:
+    """The process a thread of this pid namespace belongs to."""
+    tgid = status_fields(_PROC / str(tid)).get("Tgid")
+    return int(tgid) if tgid else None
+
+
+def would_miss(pid: int, tid: int, signal: Signal) -> bool:
+    """Whether a thread blocks or its process ignores ``signal``, so that sending it would change nothing."""
+    fields = status_fields(_PROC / str(pid) / "task" / str(tid))
+    bit = 1 << (signal - 1)
+    return any(int(fields.get(key, "0"), 16) & bit for key in ("SigBlk", "SigIgn"))
+
+
+def send_fault_signal(pid: int, tid: int, signal: Signal, addr: Address) -> None:
+    """Give a thread the signal of a bad access, with si_addr (rt_tgsigqueueinfo(2)). Raises OSError."""
+    info = _SIGINFO.pack(signal, 0, _SI_QUEUE, addr).ljust(_SIGINFO_SIZE, b"\0")
+    libc.syscall(_SYS_RT_TGSIGQUEUEINFO, pid, tid, int(signal), info)
+
+
+def pidfd_open(pid: int) -> int | None:
+    """A descriptor that turns readable when the process ends, or None when it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,293 @@
+"""What each request means: from a checked message to the model, to effects, to the answer.
+
+No sockets and no FUSE in here: both are adapters to this. Only ``attach`` and what reads statistics wait; everything
+else runs from decision to effect without an await.
+"""
+
+from __future__ import annotations
+
+import attrs
+import trio
+
+from mshared import apply, processes
+from mshared.backing import BackingStore, extents, resident
+from mshared.lifetimes import Lifetimes
+from mshared.live import LiveAttachment, LiveRegion
+from mshared.tickets import Ticket, read_ticket
+from msharefs import dump, protocol
+from msharefs.addr import AddrRange
+from msharefs.effects import Effect
+from msharefs.errors import (
+    AccessDeniedError,
+    BadDescriptorError,
+    ExistsError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    NotPermittedError,
+    ProtocolError,
+)
+from msharefs.namespace import Namespace
+from msharefs.perms import Credentials, Prot
+from msharefs.region import BackingKind, Region, RegionId
+
+INODES_A_REGION = 16
+"""Inode numbers of a region: its file has number x region id, its info files follow. Never given twice."""
+_PIDS_FOR_HUGE = 4
+
+
+@attrs.frozen
+class Caller:
+    """Who is at the other end of a connection, as the kernel says."""
+
+    pid: int
+    who: Credentials
+
+
+@attrs.frozen
+class Pending:
+    """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches."""
+
+    region: LiveRegion
+    readonly: bool
+    creator: bool
+    protect: tuple[protocol.DonatedRange, ...] = ()
+
+
+@attrs.frozen
+class Answer:
+    """A reply and the descriptors that go with it; they stay the daemon's."""
+
+    reply: protocol.Reply
+    fds: tuple[int, ...] = ()
+
+
+class Service:
+    """The daemon's public behaviour. ``uffd_device`` is None where clients make their userfaultfd by system call."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        lifetimes: Lifetimes,
+        store: BackingStore,
+        *,
+        default_backing: BackingKind,
+        uffd_device: int | None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.namespace = namespace
+        self.lifetimes = lifetimes
+        self.store = store
+        self.default_backing = default_backing
+        self._uffd_device = uffd_device
+        self._notes = notes
+
+    def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
+        """Make a region and offer it to its creator, or say that it exists."""
+        existing = self._find_or_none(request.name)
+        if existing is not None and not request.exclusive:
+            return Answer(protocol.Exists()), None
+        kind = self._backing_kind(request.backing)
+        model = self.namespace.create(
+            request.name,
+            request.addr,
+            request.size,
+            request.mode,
+            kind,
+            caller.who,
+            empty=request.empty or bool(request.donated),
+        )
+        try:
+            for donated in request.donated:
+                _map_donated(model, donated)
+            backing = self.store.create(model.id, kind, model.ar.size)
+        except BaseException:
+            self.namespace.abandon(model)
+            raise
+        live = self.lifetimes.add_region(model, backing)
+        pending = Pending(live, readonly=False, creator=True, protect=request.donated)
+        return self._offer(live, model.ar.start, backing.writable, readonly=False), pending
+
+    async def attach(
+        self, caller: Caller, request: protocol.Attach, ticket_fd: int, device: tuple[int, int]
+    ) -> tuple[Answer, Pending]:
+        """Offer an existing region to whoever could open its file. Waits while its creator is still at work."""
+        ticket = read_ticket(ticket_fd, device)
+        live = await self._settled(self._by_ticket(ticket))
+        size = live.model.ar.size
+        if request.length not in (0, size):
+            raise InvalidArgumentError(
+                f"region {live.model.name!r} has {size:#x} bytes, not {request.length:#x}; ask for 0"
+            )
+        self.lifetimes.sweep(self.lifetimes.of_process(live.model, caller.pid))
+        readonly = not ticket.writable
+        fd = live.backing.readonly if readonly else live.backing.writable
+        addr = live.model.ar.start if request.addr is None else request.addr
+        return self._offer(live, addr, fd, readonly=readonly), Pending(live, readonly, creator=False)
+
+    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int) -> Answer:
+        """Arm the window and count it. The userfaultfd is the daemon's from here on, if this succeeds."""
+        region = pending.region
+        if self.namespace.get(region.model.id) is None:
+            raise NotFoundError("the region is gone; it was removed in the meantime")
+        live = self.lifetimes.attach(region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly)
+        for donated in pending.protect:
+            if Prot(donated.prot) & Prot.WRITE:
+                continue
+            ar = region.model.range_at(donated.offset, donated.length)
+            self._change(live, region.model.mm.mprotect(ar, Prot(donated.prot)))
+        return Answer(protocol.Attached(live.model.id))
+
+    def give_up(self, pending: Pending) -> None:
+        """Forget an offer; a region whose creator gives up never was."""
+        live = pending.region
+        if pending.creator and not live.model.ready:
+            self.namespace.abandon(live.model)
+            self.lifetimes.forget(live)
+
+    def adopt(self, caller: Caller, request: protocol.Adopt, uffd: int | None) -> Answer:
+        """Tell a forked child which attachment is its own."""
+        if self.lifetimes.fork_events:
+            live = self.lifetimes.adopt(request.attachment, caller.pid)
+        elif uffd is None:
+            raise BadDescriptorError("without fork events a child must send a userfaultfd of its own")
+        else:
+            live = self.lifetimes.adopt_without_events(request.attachment, caller.pid, uffd)
+        return Answer(protocol.Attached(live.model.id))
+
+    def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
+        """End one reference of the caller's own."""
+        self.lifetimes.drop(self._own(caller, request.attachment))
+        return Answer(protocol.Done())
+
+    def unlink(self, caller: Caller, request: protocol.Unlink, ticket: Ticket | None) -> Answer:
+        """End the caller's access; the last one ends the region."""
+        region = self._find_ready(request.name)
+        may_write = ticket is not None and ticket.writable and self._by_ticket(ticket).model is region
+        self.lifetimes.sweep(self.lifetimes.region(region).attachments)
+        self.lifetimes.identify()
+        self.namespace.check_unlink(region, caller.pid, may_write=may_write)
+        live = self.lifetimes.region(region)
+        for attachment in self.lifetimes.of_process(region, caller.pid):
+            self.lifetimes.drop(attachment)
+        if self.namespace.unlink(region, may_write=may_write):
+            self.lifetimes.forget(live)
+        return Answer(protocol.Done())
+
+    def remove(self, caller: Caller, request: protocol.Remove) -> Answer:
+        """Take a name away at once; the memory goes with its last attachment."""
+        region = self._find_ready(request.name)
+        live = self.lifetimes.region(region)
+        self.lifetimes.sweep(live.attachments)
+        if self.namespace.remove(region, caller.who):
+            self.lifetimes.forget(live)
+        return Answer(protocol.Done())
+
+    def listing(self) -> Answer:
+        """The regions of the mount."""
+        self.lifetimes.sweep()
+        return Answer(protocol.Listing(tuple(dump.region_name(region) for region in self.namespace)))
+
+    async def stat(self, region: LiveRegion) -> protocol.RegionStat:
+        """Everything known about a region, brought up to date first."""
+        self.lifetimes.sweep(region.attachments)
+        self.lifetimes.identify()
+        facts = await self.refresh(region)
+        return dump.region_stat(region.model, facts)
+
+    async def maps(self, region: LiveRegion) -> protocol.Maps:
+        """The VMAs of a region."""
+        await self.refresh(region)
+        return protocol.Maps(dump.vmas(region.model))
+
+    async def refresh(self, region: LiveRegion) -> dump.KernelFacts:
+        """Read what the kernel did on its own and bring the tables of native memory up to date."""
+        with region.backing.duplicate() as fd:
+            facts, present = await trio.to_thread.run_sync(_read_kernel, fd, list(region.attachments), self._notes)
+        huge = region.model.backing is not BackingKind.SMALL
+        region.model.mm.sync_native((ar.moved(region.model.ar.start) for ar in present), huge=huge)
+        return facts
+
+    def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
+        """The region behind one of the caller's attachments."""
+        return self._own(caller, attachment).region
+
+    def ticket_region(self, ticket: Ticket) -> LiveRegion:
+        """The region whose file was opened."""
+        return self._by_ticket(ticket)
+
+    def _find_or_none(self, name: str) -> Region | None:
+        try:
+            return self.namespace.find(name)
+        except NotFoundError:
+            return None
+
+    def _find_ready(self, name: str) -> Region:
+        region = self.namespace.find(name)
+        if not region.ready:
+            raise NotFoundError(f"region {name!r} is still being made")
+        return region
+
+    def _by_ticket(self, ticket: Ticket) -> LiveRegion:
+        number, part = divmod(ticket.inode, INODES_A_REGION)
+        region = self.namespace.get(RegionId(number)) if number and not part else None
+        if region is None:
+            raise NotFoundError("the opened file is no region's, or its region is gone")
+        return self.lifetimes.region(region)
+
+    async def _settled(self, live: LiveRegion) -> LiveRegion:
+        await live.settled.wait()
+        if self.namespace.get(live.model.id) is None:
+            raise NotFoundError("the region is gone: its creator did not finish; create it anew")
+        return live
+
+    def _own(self, caller: Caller, number: int) -> LiveAttachment:
+        live = self.lifetimes.attachment(number)
+        if live.model.pid != caller.pid:
+            raise NotPermittedError(f"attachment {number} belongs to another process")
+        return live
+
+    def _offer(self, live: LiveRegion, addr: int, fd: int, *, readonly: bool) -> Answer:
+        device = () if self._uffd_device is None else (self._uffd_device,)
+        reply = protocol.Offer(0, addr, live.model.ar.size, readonly, bool(device))
+        return Answer(reply, (fd, *device))
+
+    def _backing_kind(self, wanted: str | None) -> BackingKind:
+        if wanted is None:
+            return self.default_backing
+        try:
+            return BackingKind(wanted)
+        except ValueError:
+            raise InvalidArgumentError(f"backing {wanted!r} is none of {', '.join(BackingKind)}") from None
+
+    def _change(self, live: LiveAttachment, effects: list[Effect]) -> None:
+        """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""
+        try:
+            apply.carry_out(live.region, effects)
+        except OSError as error:
+            self.lifetimes.drop(live)
+            raise NoSpaceError(f"no memory for the change: {error.strerror}") from error
+
+
+def _map_donated(model: Region, donated: protocol.DonatedRange) -> None:
+    """One mapping of the donor, read-write until its contents are in."""
+    if donated.prot & ~int(Prot.READ | Prot.WRITE | Prot.EXEC):
+        raise InvalidArgumentError(f"protection {donated.prot:#x} has unknown bits")
+    if donated.prot & Prot.EXEC:
+        raise AccessDeniedError("an executable mapping cannot be donated: regions are data; mprotect it first")
+    ar = model.range_at(donated.offset, donated.length)
+    try:
+        model.mm.mmap(ar, ar.size, fixed=True)
+    except ExistsError:
+        raise ProtocolError("two donated ranges overlap") from None
+
+
+def _read_kernel(
+    fd: int, attachments: list[LiveAttachment], notes: tuple[str, ...]
+) -> tuple[dump.KernelFacts, list[AddrRange]]:
+    """Read the slow facts, in a worker thread; ``fd`` is the backing file."""
+    pids = {a.model.pid: a for a in attachments if a.model.pid is not None}
+    windows = [(pid, a.model.window) for pid, a in list(pids.items())[:_PIDS_FOR_HUGE]]
+    huge = max((processes.huge_mapped_bytes(pid, ar.start, ar.end) for pid, ar in windows), default=0)
+    tables = sum(processes.page_table_bytes(pid) for pid in pids)
+    return dump.KernelFacts(resident(fd), tables, huge, notes), list(extents(fd))

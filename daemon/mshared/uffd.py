@@ -1,0 +1,143 @@
+"""userfaultfd from the daemon's side: one thin method an ioctl, on any client's address space."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+from mshared import libc
+from msharefs import uffd_abi as abi
+from msharefs.addr import PAGE_SIZE, AddrRange
+from msharefs.vma import Arming
+
+DEVICE: Final = "/dev/userfaultfd"
+WANTED: Final = (
+    abi.Feature.THREAD_ID | abi.Feature.EXACT_ADDRESS | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
+)
+"""Features without which nothing works."""
+OPTIONAL: Final = abi.Feature.EVENT_FORK | abi.Feature.POISON
+"""Reports of forks (needs CAP_SYS_PTRACE), and poison (Linux 6.6)."""
+
+_zero_page = ctypes.create_string_buffer(2 * PAGE_SIZE)
+_ZERO_PAGE: Final = (ctypes.addressof(_zero_page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+
+class Outcome(enum.Enum):
+    """What an ioctl came to, by name (compare CRIU's and firecracker's handlers)."""
+
+    SERVED = "done"
+    EXISTS = "another thread was first: wake"
+    RETRY = "an event must be read first"
+    GONE = "the process is gone"
+    UNMAPPED = "the range is not there any more"
+
+
+_OUTCOMES: Final = {
+    errno.EEXIST: Outcome.EXISTS,
+    errno.EAGAIN: Outcome.RETRY,
+    errno.ESRCH: Outcome.GONE,
+    errno.ENOSPC: Outcome.GONE,
+    errno.ENOENT: Outcome.UNMAPPED,
+    errno.EINVAL: Outcome.UNMAPPED,
+    errno.ENOMEM: Outcome.UNMAPPED,
+    errno.EBUSY: Outcome.UNMAPPED,
+}
+
+
+def classify(error: OSError) -> Outcome:
+    """The meaning of an errno that an ioctl on a client's range gave; what has none is raised again."""
+    outcome = _OUTCOMES.get(error.errno or 0)
+    if outcome is None:
+        raise error
+    return outcome
+
+
+class Uffd:
+    """A userfaultfd of some process. Owns the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close it; threads that wait go on waiting as long as their process holds a copy."""
+        os.close(self.fd)
+
+    def open_api(self, features: abi.Feature) -> None:
+        """UFFDIO_API. EVENT_FORK needs CAP_SYS_PTRACE of this process. Raises OSError, EINVAL when done already."""
+        fcntl.ioctl(self.fd, abi.UFFDIO_API, abi.API_STRUCT.pack(abi.API_VERSION, features, 0))
+
+    def arm(self, ar: AddrRange, arming: Arming) -> None:
+        """Have exactly these faults reported from now on; NATIVE ends all reports and wakes who waits."""
+        if not arming:
+            fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+            self.wake(ar)
+            return
+        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, int(arming), 0))
+        if arming & Arming.WP:
+            self.write_protect(ar)
+        else:
+            # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
+            with contextlib.suppress(FileNotFoundError):
+                self.write_protect(ar, protect=False)
+
+    def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
+        """UFFDIO_WRITEPROTECT: the next store to each page is reported, or no longer (which wakes who waits)."""
+        mode = abi.WRITEPROTECT_MODE_WP if protect else 0
+        fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
+
+    def zero(self, ar: AddrRange, *, protected: bool) -> None:
+        """Fill one page with zeros and wake who waits for it; ``protected`` keeps it write-protected."""
+        if protected:
+            request = abi.COPY_STRUCT.pack(ar.start, _ZERO_PAGE, ar.size, abi.COPY_MODE_WP, 0)
+            fcntl.ioctl(self.fd, abi.UFFDIO_COPY, request)
+        else:
+            fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+
+    def wake(self, ar: AddrRange) -> None:
+        """UFFDIO_WAKE: whoever waits in ``ar`` tries again."""
+        fcntl.ioctl(self.fd, abi.UFFDIO_WAKE, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+
+    def poison(self, ar: AddrRange) -> None:
+        """UFFDIO_POISON: the waiting thread dies of a SIGBUS that it cannot block. Leaves a line in dmesg."""
+        fcntl.ioctl(self.fd, abi.UFFDIO_POISON, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+
+    def is_alive(self) -> bool:
+        """Whether its address space still exists: neither ended nor replaced by exec.
+
+        Asks for something impossible (no mapping lies at the top page): ESRCH comes first when the mm is gone.
+        """
+        top = abi.WRITEPROTECT_STRUCT.pack((1 << 47) - 2 * PAGE_SIZE, PAGE_SIZE, 0)
+        try:
+            fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, top)
+        except OSError as error:
+            return error.errno != errno.ESRCH
+        return True
+
+    def read(self, most: int = 64) -> bytes:
+        """Up to ``most`` whole messages, empty when none waits. A fork's message brings a new descriptor with it."""
+        try:
+            return os.read(self.fd, most * abi.MESSAGE_SIZE)
+        except BlockingIOError:
+            return b""
+
+
+def new(device: int | None) -> Uffd:
+    """A userfaultfd of this very process."""
+    if device is not None:
+        return Uffd(fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK))
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
+    return Uffd(libc.syscall(abi.SYS_USERFAULTFD, flags))
+
+
+def is_userfaultfd(fd: int) -> bool:
+    """Whether a descriptor that somebody sent is one."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"
+    except OSError:
+        return False

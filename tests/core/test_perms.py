@@ -1,0 +1,81 @@
+"""Protections, access and file modes."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+
+from msharefs.perms import PROT_RW, Access, Credentials, FileAccess, Ownership, Prot
+
+R, W, X = FileAccess.READ, FileAccess.WRITE, FileAccess.EXEC
+OWNER, GROUP, OTHER = Credentials(10, 20), Credentials(11, 20), Credentials(11, 21)
+BY_EXTRA_GROUP = Credentials(11, 21, frozenset({5, 20}))
+ROOT = Credentials(0, 0)
+
+
+def test_numbers_are_those_of_the_mmap_module() -> None:
+    assert (Prot.READ, Prot.WRITE, Prot.EXEC) == (mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC)
+
+
+@pytest.mark.parametrize(
+    ("prot", "text"),
+    [
+        (Prot.NONE, "---"),
+        (Prot.READ, "r--"),
+        (Prot.WRITE, "-w-"),
+        (PROT_RW, "rw-"),
+        (Prot.READ | Prot.EXEC, "r-x"),
+        (PROT_RW | Prot.EXEC, "rwx"),
+    ],
+)
+def test_text_is_that_of_proc_maps(prot: Prot, text: str) -> None:
+    assert prot.as_text() == text
+
+
+@pytest.mark.parametrize(
+    ("prot", "reads", "writes"),
+    [
+        (Prot.NONE, False, False),
+        (Prot.READ, True, False),
+        (Prot.WRITE, True, True),
+        (PROT_RW, True, True),
+        (Prot.EXEC, False, False),
+    ],
+)
+def test_a_writable_page_can_be_read_as_on_x86(prot: Prot, reads: bool, writes: bool) -> None:
+    assert Access.READ.allowed_by(prot) is reads
+    assert Access.WRITE.allowed_by(prot) is writes
+
+
+@pytest.mark.parametrize(
+    ("mode", "who", "want", "allowed"),
+    [
+        (0o600, OWNER, R | W, True),
+        (0o600, OWNER, X, False),
+        (0o600, GROUP, R, False),
+        (0o600, OTHER, R, False),
+        (0o640, GROUP, R, True),
+        (0o640, GROUP, W, False),
+        (0o640, BY_EXTRA_GROUP, R, True),
+        (0o640, OTHER, R, False),
+        (0o606, OTHER, R | W, True),
+        (0o604, OTHER, R | W, False),
+        (0o711, OTHER, X, True),
+        (0o711, OTHER, R | X, False),
+        # One class decides, the first that fits, even if a later one would allow more.
+        (0o077, OWNER, R, False),
+        (0o707, GROUP, R, False),
+        (0o707, BY_EXTRA_GROUP, R, False),
+        # The sticky bit and its like give nothing.
+        (0o7000, OTHER, R, False),
+        (0o000, ROOT, R | W | X, True),
+    ],
+)
+def test_modes_decide_as_in_the_kernel(mode: int, who: Credentials, want: FileAccess, allowed: bool) -> None:
+    assert Ownership(10, 20, mode).allows(who, want) is allowed
+
+
+def test_only_uid_0_is_root() -> None:
+    assert ROOT.is_root
+    assert not Credentials(1, 0).is_root

@@ -1,0 +1,72 @@
+"""One VMA: cut, grown, merged, and what it makes the kernel report."""
+
+from __future__ import annotations
+
+import pytest
+
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.errors import InvalidArgumentError
+from msharefs.perms import PROT_RW, Prot
+from msharefs.vma import Arming, Vma
+
+
+def pages(first: int, end: int) -> AddrRange:
+    return AddrRange.sized(first * PAGE_SIZE, (end - first) * PAGE_SIZE)
+
+
+def test_split_gives_the_part_below_and_the_part_from_an_address() -> None:
+    below, above = Vma(pages(2, 8), Prot.READ).split(Address(5 * PAGE_SIZE))
+    assert below == Vma(pages(2, 5), Prot.READ)
+    assert above == Vma(pages(5, 8), Prot.READ)
+
+
+@pytest.mark.parametrize("page", [2, 8, 1, 9])
+def test_a_split_at_a_border_or_outside_is_refused(page: int) -> None:
+    with pytest.raises(InvalidArgumentError):
+        Vma(pages(2, 8)).split(Address(page * PAGE_SIZE))
+
+
+def test_split_parts_merge_again() -> None:
+    whole = Vma(pages(2, 8), Prot.READ)
+    below, above = whole.split(Address(5 * PAGE_SIZE))
+    assert below.merges_with(above)
+    assert below.extended(above.ar.end) == whole
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        pytest.param(Vma(pages(5, 8), Prot.READ), id="another protection"),
+        pytest.param(Vma(pages(6, 8)), id="a hole between"),
+        pytest.param(Vma(pages(4, 8)), id="an overlap"),
+        pytest.param(Vma(pages(0, 2)), id="below"),
+    ],
+)
+def test_what_does_not_go_on_in_the_same_way_does_not_merge(above: Vma) -> None:
+    assert not Vma(pages(2, 5)).merges_with(above)
+
+
+@pytest.mark.parametrize(
+    ("ar", "expected"),
+    [
+        (pages(0, 4), pages(2, 4)),
+        (pages(4, 6), pages(4, 6)),
+        (pages(6, 9), pages(6, 8)),
+        (pages(0, 9), pages(2, 8)),
+    ],
+)
+def test_clipped_keeps_the_part_in_common(ar: AddrRange, expected: AddrRange) -> None:
+    assert Vma(pages(2, 8), Prot.READ).clipped(ar) == Vma(expected, Prot.READ)
+
+
+@pytest.mark.parametrize(
+    ("prot", "arming"),
+    [
+        (PROT_RW, Arming.NATIVE),
+        (Prot.WRITE, Arming.NATIVE),
+        (Prot.READ, Arming.WP),
+        (Prot.NONE, Arming.MISSING),
+    ],
+)
+def test_only_what_is_not_writable_must_be_seen_by_the_daemon(prot: Prot, arming: Arming) -> None:
+    assert Vma(pages(0, 1), prot).arming() == arming
