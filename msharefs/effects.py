@@ -1,7 +1,7 @@
 """What the host mm wants done in the kernel. Decided here, carried out by the daemon, in the order given.
 
 Ranges are host addresses (those of the region itself). The order within one list is the safe order, decided
-where the list is made: protect or arm, then free, then wake.
+where the list is made: first arm for more, then move or free contents, then arm for less, which wakes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Arm:
 
 @attrs.frozen
 class Punch:
-    """The memory of ``ar``, the stash's too, goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE)."""
+    """The memory of ``ar`` goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE).
+
+    So does what the stash file holds of it.
+    """
 
     ar: AddrRange
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msharefs.addr import PAGE_SHIFT, PAGE_SIZE
 from msharefs.errors import InternalError
 from msharefs.host_mm import HostMm
-from msharefs.page_table import PteFlag
+from msharefs.page_table import FRAMES_IN_PMD, PteFlag
 from msharefs.perms import PROT_RW, Prot
 
 
@@ -13,7 +13,8 @@ def check_mm(mm: HostMm) -> None:
     """Raise InternalError with the first thing that is wrong.
 
     VMAs: whole pages, inside the region, ordered, apart, merged. Tables: counts as recounted. Installed is within
-    asked: every page lies in a VMA that may be touched, writable only where the VMA is, in its own frame.
+    asked: every page lies in a VMA that may be touched, writable only where the VMA is, in its own frame; a 2 MiB leaf
+    has a frame at a border of 2 MiB.
     """
     _check_vmas(mm)
     _check_counts(mm)
@@ -40,13 +41,19 @@ def _check_counts(mm: HostMm) -> None:
 
 
 def _check_pages(mm: HostMm) -> None:
+    inside = 0
     for run, pte in mm.table.runs(mm.ar):
+        inside += run.size
         if mm.vmas.holes(run):
             raise InternalError(f"pages {run} lie in a hole")
         if pte.frame != (run.start - mm.ar.start) >> PAGE_SHIFT:
             raise InternalError(f"page {run.start:#x} has frame {pte.frame}")
+        if pte.flags & PteFlag.HUGE and (pte.frame - (run.start >> PAGE_SHIFT)) % FRAMES_IN_PMD:
+            raise InternalError(f"2 MiB leaf at {run.start:#x} has frame {pte.frame}, which is at no border")
         for vma in mm.vmas.overlapping(run):
             if not vma.prot & PROT_RW:
                 raise InternalError(f"pages {run} are installed in {vma.ar}, which nobody may touch")
             if pte.flags & PteFlag.WRITE and not vma.prot & Prot.WRITE:
                 raise InternalError(f"pages {run} are writable in the read-only {vma.ar}")
+    if inside != mm.table.resident:
+        raise InternalError(f"{mm.table.resident - inside} bytes are installed outside {mm.ar}")

@@ -52,7 +52,10 @@ class DonatedRange:
 
 @attrs.frozen
 class Create:
-    """Client: make a region. ``mode`` is what umask left; with ``donated`` the rest of the range is a hole."""
+    """Client: make a region. ``mode`` is what umask left; with ``donated`` the rest of the range is a hole.
+
+    ``readonly``: the creator itself wants a window that cannot write.
+    """
 
     name: str
     addr: int | None
@@ -60,6 +63,7 @@ class Create:
     mode: int
     exclusive: bool
     empty: bool
+    readonly: bool = False
     backing: str | None = None
     donated: tuple[DonatedRange, ...] = ()
 
@@ -81,10 +85,12 @@ class Exists:
 class Offer:
     """Daemon: map this. Descriptors: the backing file and, with ``device``, /dev/userfaultfd.
 
-    Without ``device`` the client makes its userfaultfd by the system call, for user mode only.
+    Without ``device`` the client makes its userfaultfd by the system call, for user mode only. ``inode`` is that of the
+    region's file.
     """
 
     offer: int
+    inode: int
     addr: int
     size: int
     readonly: bool

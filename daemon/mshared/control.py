@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import errno
 import logging
-import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -33,6 +32,8 @@ HELLO_PATIENCE: Final = 10.0
 """Seconds a connection may take to say hello."""
 BACKLOG: Final = 1024
 _SO_PEERGROUPS: Final = 59
+_MOST_GROUPS: Final = 256
+"""What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
 _UCRED: Final = struct.Struct("=iII")
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * 16)
 """Room for more descriptors than any message has, so that a few too many are told by number."""
@@ -62,17 +63,23 @@ class ControlServer:
 
     async def _serve_one(self, sock: trio.socket.SocketType) -> None:
         """Serve one connection to its end, whatever happens on it."""
-        async with trio.open_nursery() as nursery:
-            connection = _Connection(self._service, self._mount, self._device, sock, Closer(nursery))
+        with sock:
             try:
-                await connection.run()
-            except (OSError, _HungUp):
-                pass  # The client is gone, in the middle of a word perhaps.
-            except Exception:
-                log.exception("pid %d: connection failed", connection.caller.pid)
-            finally:
-                sock.close()
-                connection.close()
+                caller = _caller(sock)
+            except OSError as error:
+                log.warning("a connection has no credentials: %s", error)
+                return
+            async with trio.open_nursery() as nursery:
+                connection = _Connection(self._service, self._mount, self._device, sock, caller, Closer(nursery))
+                try:
+                    await connection.run()
+                except (OSError, _HungUp):
+                    pass  # The client is gone, in the middle of a word perhaps.
+                except Exception:
+                    log.exception("pid %d: connection failed", caller.pid)
+                finally:
+                    sock.close()
+                    connection.close()
 
 
 class _HungUp(Exception):
@@ -83,7 +90,13 @@ class _Connection:
     """One client's connection: its credentials, and the offers that wait for an answer."""
 
     def __init__(
-        self, service: Service, mount: Path, device: tuple[int, int], sock: trio.socket.SocketType, closer: Closer
+        self,
+        service: Service,
+        mount: Path,
+        device: tuple[int, int],
+        sock: trio.socket.SocketType,
+        caller: Caller,
+        closer: Closer,
     ) -> None:
         self._service = service
         self._mount = mount
@@ -93,7 +106,7 @@ class _Connection:
         self._offers: dict[int, Pending] = {}
         self._next_offer = 1
         self._greeted = False
-        self.caller = _caller(sock)
+        self.caller = caller
 
     async def run(self) -> None:
         """Hello, then requests, until the client hangs up."""
@@ -252,7 +265,7 @@ def _caller(sock: trio.socket.SocketType) -> Caller:
     """Who connected (unix(7), SO_PEERCRED and SO_PEERGROUPS)."""
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     groups = array.array("I")
-    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * os.sysconf("SC_NGROUPS_MAX")))
+    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * groups.itemsize))
     return Caller(pid, Credentials(uid, gid, frozenset(groups)))
 
 

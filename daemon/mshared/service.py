@@ -84,6 +84,8 @@ class Service:
 
     def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
         """Make a region and offer it to its creator, or say that it exists."""
+        if request.readonly and request.donated:
+            raise InvalidArgumentError("memory cannot be donated through a read-only window; use O_RDWR")
         existing = self._find_or_none(request.name)
         if existing is not None and not request.exclusive:
             return Answer(protocol.Exists()), None
@@ -105,8 +107,8 @@ class Service:
             self.namespace.abandon(model)
             raise
         live = self.lifetimes.add_region(model, backing)
-        pending = Pending(live, readonly=False, creator=True, protect=request.donated)
-        return self._offer(live, model.ar.start, backing.writable, readonly=False), pending
+        pending = Pending(live, readonly=request.readonly, creator=True, protect=request.donated)
+        return self._offer(live, model.ar.start, readonly=request.readonly), pending
 
     async def attach(
         self, caller: Caller, request: protocol.Attach, ticket_fd: int, device: tuple[int, int]
@@ -121,9 +123,8 @@ class Service:
             )
         self.lifetimes.sweep(self.lifetimes.of_process(live.model, caller.pid))
         readonly = not ticket.writable
-        fd = live.backing.readonly if readonly else live.backing.writable
         addr = live.model.ar.start if request.addr is None else request.addr
-        return self._offer(live, addr, fd, readonly=readonly), Pending(live, readonly, creator=False)
+        return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
     def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int) -> Answer:
         """Arm the window and count it. The userfaultfd is the daemon's from here on, if this succeeds."""
@@ -247,9 +248,10 @@ class Service:
             raise NotPermittedError(f"attachment {number} belongs to another process")
         return live
 
-    def _offer(self, live: LiveRegion, addr: int, fd: int, *, readonly: bool) -> Answer:
+    def _offer(self, live: LiveRegion, addr: int, *, readonly: bool) -> Answer:
+        fd = live.backing.readonly if readonly else live.backing.writable
         device = () if self._uffd_device is None else (self._uffd_device,)
-        reply = protocol.Offer(0, addr, live.model.ar.size, readonly, bool(device))
+        reply = protocol.Offer(0, live.model.id * INODES_A_REGION, addr, live.model.ar.size, readonly, bool(device))
         return Answer(reply, (fd, *device))
 
     def _backing_kind(self, wanted: str | None) -> BackingKind:

@@ -1,4 +1,4 @@
-"""How hard hypothesis tries: the same examples every time in CI, new ones elsewhere, many with HYPOTHESIS_PROFILE=deep."""
+"""How hard hypothesis tries: new examples every time, the same ones in CI, many with HYPOTHESIS_PROFILE=deep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("dev", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, database=None)
-settings.register_profile("deep", deadline=None, max_examples=2000, stateful_step_count=60)
+settings.register_profile("dev", deadline=None, max_examples=60, stateful_step_count=30)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.register_profile("deep", settings.get_profile("dev"), max_examples=2000, stateful_step_count=60)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev"))

@@ -72,7 +72,9 @@ def test_a_first_read_of_read_only_memory_installs_a_protected_page() -> None:
     check_mm(mm)
 
 
-@pytest.mark.parametrize(("prot", "access"), [(PROT_RW, Access.READ), (PROT_RW, Access.WRITE), (Prot.READ, Access.READ)])
+@pytest.mark.parametrize(
+    ("prot", "access"), [(PROT_RW, Access.READ), (PROT_RW, Access.WRITE), (Prot.READ, Access.READ)]
+)
 def test_a_page_that_the_kernel_misses_is_missing_whatever_the_tables_say(prot: Prot, access: Access) -> None:
     """The second of two threads on a page asks too: for the kernel the page is there by then, and it only wakes."""
     mm = mm_with(prot)

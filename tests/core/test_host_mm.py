@@ -43,9 +43,7 @@ def map_fixed(mm: HostMm, first: int, end: int, prot: Prot = PROT_RW, *, replace
 
 def mapped(mm: HostMm) -> list[tuple[int, int, Prot]]:
     """The VMAs, in pages."""
-    return [
-        ((v.ar.start - BASE) // PAGE_SIZE, (v.ar.end - BASE) // PAGE_SIZE, v.prot) for v in mm.vmas
-    ]
+    return [((v.ar.start - BASE) // PAGE_SIZE, (v.ar.end - BASE) // PAGE_SIZE, v.prot) for v in mm.vmas]
 
 
 def installed(mm: HostMm) -> list[tuple[AddrRange, PteFlag]]:
@@ -61,7 +59,8 @@ class TestMmap:
         assert mapped(mm) == [(0, END, PROT_RW)]
 
     @pytest.mark.parametrize(
-        ("prot", "effects"), [(Prot.READ, [Arm(pages(2, 4), WP)]), (Prot.NONE, []), (PROT_RW, [Arm(pages(2, 4), NATIVE)])]
+        ("prot", "effects"),
+        [(Prot.READ, [Arm(pages(2, 4), WP)]), (Prot.NONE, []), (PROT_RW, [Arm(pages(2, 4), NATIVE)])],
     )
     def test_a_hole_reports_everything_and_each_protection_less(self, prot: Prot, effects: list[Effect]) -> None:
         assert map_fixed(mm_with(), 2, 4, prot) == effects

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,7 +125,9 @@ def test_remove_in_a_hole_takes_nothing() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.booleans(), st.integers(0, 19), st.integers(1, 8), st.sampled_from([Prot.NONE, Prot.READ, PROT_RW])),
+        st.tuples(
+            st.booleans(), st.integers(0, 19), st.integers(1, 8), st.sampled_from([Prot.NONE, Prot.READ, PROT_RW])
+        ),
         max_size=20,
     )
 )
@@ -140,5 +144,4 @@ def test_any_sequence_agrees_with_a_list_of_pages(steps: list[tuple[bool, int, i
             naive.update(dict.fromkeys(range(first, first + count), prot))
     held = {page: vma.prot for page in range(30) if (vma := vmas.find(at(page))) is not None}
     assert held == naive
-    together = list(vmas)
-    assert not any(below.merges_with(above) for below, above in zip(together, together[1:], strict=False))
+    assert not any(below.merges_with(above) for below, above in itertools.pairwise(vmas))

@@ -1,0 +1,27 @@
+"""mshare: named, shared pieces of address space for unmodified Linux.
+
+>>> import mshare, os
+>>> region = mshare.mshare("demo", None, 2 << 20, os.O_CREAT | os.O_RDWR)  # doctest: +SKIP
+>>> region.buf[:5] = b"hello"  # doctest: +SKIP
+
+Any other process that may open the name has the same memory at the same address after
+``mshare.mshare("demo", None, 0, os.O_RDWR)``.
+"""
+
+from __future__ import annotations
+
+from mshare.api import mshare, mshare_unlink, remove
+from mshare.region import Region
+from msharefs.perms import MAP_REFPAGE, MAP_SHARED_PT
+from msharefs.protocol import RegionStat, Vma
+
+__all__ = [
+    "MAP_REFPAGE",
+    "MAP_SHARED_PT",
+    "Region",
+    "RegionStat",
+    "Vma",
+    "mshare",
+    "mshare_unlink",
+    "remove",
+]

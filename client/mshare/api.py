@@ -1,0 +1,215 @@
+"""The calls of the series: mshare() and mshare_unlink(), and remove() beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mshare import syscalls as sc
+from mshare.connection import Connection, connect, reply_of
+from mshare.discovery import find_mount
+from mshare.donation import Donation
+from mshare.region import Region, attached_as, close_windows
+from mshare.window import RangeInUseError, Window
+from msharefs import protocol
+from msharefs.addr import PAGE_SIZE
+from msharefs.errors import MshareError
+from msharefs.namespace import check_name
+
+_KNOWN_FLAGS: Final = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_TRIES: Final = 100
+"""How often to start over when a region appears or goes while we look, or an address turns out to be taken."""
+
+Name = str | bytes
+Mount = str | os.PathLike[str] | None
+
+
+def mshare(
+    name: Name,
+    addr: int | None,
+    length: int,
+    oflags: int,
+    mode: int = 0o600,
+    *,
+    backing: str | None = None,
+    empty: bool = False,
+    mount: Mount = None,
+) -> Region:
+    """Create a region, or attach to one: afterwards ``length`` bytes at ``addr`` are the same memory for everybody.
+
+    With O_CREAT in ``oflags`` (and O_EXCL, if it must be new): what this process has mapped in the range becomes the
+    region's, contents included; where nothing is mapped it has holes. With nothing mapped at all it starts as
+    read-write memory, or with ``empty`` as one hole. ``mode`` less umask are the permissions of its file; ``backing``
+    is ``thp``, ``4k`` or ``hugetlb``. Without O_CREAT: attach to the region, at its own address for ``addr`` None;
+    ``length`` may be 0. O_RDONLY gives a window that cannot write.
+
+    Raises OSError with the errno of the kernel's own calls and the cure in its text: EINVAL (name, alignment, range
+    in use, flags, wrong length), EEXIST, ENOENT, EACCES, ENAMETOOLONG, ENOSPC, EDQUOT, EOPNOTSUPP.
+    """
+    text = _checked_name(name)
+    _check_flags(oflags)
+    link = connect(find_mount(mount))
+    for _ in range(_TRIES):
+        region = None
+        if oflags & os.O_CREAT:
+            region = _create(link, text, addr, length, oflags, mode, backing, empty=empty)
+        if region is None:
+            with contextlib.suppress(_Vanished):
+                region = _attach(link, text, addr, length, oflags)
+        if region is not None:
+            return region
+    raise OSError(errno.EAGAIN, f"region {text!r} comes and goes, or no address stays free; try again")
+
+
+def mshare_unlink(name: Name, *, mount: Mount = None) -> None:
+    """End this process's access to a region: its windows are unmapped. The last one to do so ends the region itself.
+
+    A region nobody is attached to is ended by anybody with write permission. Raises BufferError while views of ``buf``
+    are alive, and OSError: ENOENT, EBUSY (others are attached and we are not), EACCES.
+    """
+    text = _checked_name(name)
+    link = connect(find_mount(mount))
+    path = link.mount / text
+    with _ticket(path, os.O_RDWR) as ticket:
+        close_windows(attached_as(link.mount, _inode(path)))
+        link.call(protocol.Unlink(text), protocol.Done, ticket)
+
+
+def remove(name: Name, *, mount: Mount = None) -> None:
+    """Take a region's name away at once, as unlink(2) does; its memory goes with the last attachment.
+
+    Raises OSError: ENOENT, EACCES, EPERM (the mount is sticky and the region is somebody else's).
+    """
+    link = connect(find_mount(mount))
+    link.call(protocol.Remove(_checked_name(name)), protocol.Done)
+
+
+class _Vanished(Exception):
+    """The region went while we looked; with O_CREAT the caller starts over."""
+
+
+def _create(
+    link: Connection,
+    name: str,
+    addr: int | None,
+    length: int,
+    oflags: int,
+    mode: int,
+    backing: str | None,
+    *,
+    empty: bool,
+) -> Region | None:
+    """Create a region, or None: one exists already and may be attached to, or another address must be tried."""
+    donation = None
+    if addr is not None and length > 0 and not (addr | length) % PAGE_SIZE:
+        donation = Donation.of(addr, length)
+    request = protocol.Create(
+        name=name,
+        addr=addr,
+        size=length,
+        mode=mode & ~sc.umask(),
+        exclusive=bool(oflags & os.O_EXCL),
+        empty=empty,
+        readonly=oflags & os.O_ACCMODE == os.O_RDONLY,
+        backing=backing,
+        donated=donation.ranges if donation else (),
+    )
+    reply, fds = link.exchange(request)
+    if isinstance(reply, protocol.Exists):
+        return None
+    try:
+        return _enter(link, name, reply, fds, donation if donation and donation.parts else None)
+    except RangeInUseError:
+        if addr is None:
+            return None
+        raise
+
+
+def _attach(link: Connection, name: str, addr: int | None, length: int, oflags: int) -> Region:
+    """Attach to a region that exists. Raises _Vanished instead of ENOENT when O_CREAT could make it."""
+    try:
+        with _ticket(link.mount / name, oflags & os.O_ACCMODE) as ticket:
+            if not ticket:
+                raise OSError(errno.EACCES, f"the mode of region {name!r} does not let you open it like that")
+            reply, fds = link.exchange(protocol.Attach(addr, length), ticket)
+    except FileNotFoundError as error:
+        if oflags & os.O_CREAT:
+            raise _Vanished from error
+        raise
+    return _enter(link, name, reply, fds, None)
+
+
+def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int], donation: Donation | None) -> Region:
+    """Take up an offer: map the backing, or put it in the place of what is donated; be armed before anybody looks."""
+    offer = reply_of(reply, protocol.Offer)
+    window = Window(offer)
+    try:
+        backing, device = fds[0], fds[1] if offer.device else None
+        if donation is None:
+            window.map(backing)
+        else:
+            donation.hand_over(backing, device)
+        window.make_userfaultfd(device)
+        request = protocol.Mapped(offer.offer, offer.addr, window.anchor)
+        attached = link.call(request, protocol.Attached, (window.userfaultfd,))
+        window.open()
+    except BaseException:
+        window.discard()
+        if donation is not None:
+            donation.give_gaps_back()
+        with contextlib.suppress(OSError):
+            link.call(protocol.Abort(offer.offer), protocol.Done)
+        raise
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return Region(name, link, window, offer, attached.attachment)
+
+
+@contextlib.contextmanager
+def _ticket(path: Path, access: int) -> Iterator[tuple[int, ...]]:
+    """The opened file of a region, which proves what its mode allows; nothing where it may not be opened like that."""
+    try:
+        fds: tuple[int, ...] = (os.open(path, access | os.O_CLOEXEC),)
+    except PermissionError:
+        fds = ()
+    except FileNotFoundError as error:
+        raise _no_region(path) from error
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError as error:
+        raise _no_region(path) from error
+
+
+def _no_region(path: Path) -> OSError:
+    return OSError(errno.ENOENT, f"no region is named {path.name!r} in {path.parent}; O_CREAT makes one")
+
+
+def _checked_name(name: Name) -> str:
+    if not isinstance(name, str | bytes):
+        raise TypeError(f"a region's name is str or bytes, not {type(name).__name__}")
+    try:
+        return check_name(os.fsdecode(name))
+    except MshareError as error:
+        raise OSError(error.errno, str(error)) from None
+
+
+def _check_flags(oflags: int) -> None:
+    if oflags & ~_KNOWN_FLAGS:
+        raise OSError(errno.EINVAL, f"oflags {oflags:#o} has unknown bits; use O_RDONLY or O_RDWR, O_CREAT, O_EXCL")
+    if oflags & os.O_ACCMODE not in (os.O_RDONLY, os.O_RDWR):
+        raise OSError(
+            errno.EINVAL, "a region is opened O_RDONLY or O_RDWR: memory that can only be written has no meaning"
+        )

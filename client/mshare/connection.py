@@ -1,0 +1,152 @@
+"""The one connection of this process to a daemon: requests out, replies in."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Final, TypeVar
+
+from mshare.discovery import HOW_TO_START, read_info
+from msharefs import protocol
+from msharefs.errors import ProtocolError
+
+R = TypeVar("R")
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS)
+
+
+class Connection:
+    """Talks to the daemon of one mount; connects when first needed, and again when the daemon is another one.
+
+    Used from any thread: one request is under way at a time. A forked child has a connection of its own.
+    """
+
+    def __init__(self, mount: Path) -> None:
+        self.mount = mount
+        self.fork_events = True
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+
+    def call(self, request: protocol.Request, expected: type[R], fds: tuple[int, ...] = ()) -> R:
+        """Make a request whose reply brings no descriptors; the reply. Raises OSError as the daemon says."""
+        reply, received = self.exchange(request, fds)
+        for fd in received:
+            os.close(fd)
+        return reply_of(reply, expected)
+
+    def exchange(self, request: protocol.Request, fds: tuple[int, ...] = ()) -> tuple[protocol.Message, list[int]]:
+        """Make a request; the reply and the descriptors that came, which are the caller's. Raises OSError."""
+        with self._lock:
+            try:
+                reply, received = self._exchange(request, fds)
+            except BaseException:
+                self._hang_up()  # Half a conversation: the next reply would not be ours.
+                raise
+        if isinstance(reply, protocol.Failed):
+            raise OSError(reply.errno, reply.message)
+        return reply, received
+
+    def forget(self) -> None:
+        """In a forked child: the connection is the parent's, and a thread that is not here may hold the lock."""
+        self._lock = threading.Lock()
+        self._hang_up()
+
+    def _exchange(self, request: protocol.Request, fds: tuple[int, ...]) -> tuple[protocol.Message, list[int]]:
+        fresh = self._sock is None
+        try:
+            sock = self._connected()
+            _send(sock, request, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            if fresh:
+                raise
+            self._hang_up()  # The daemon was restarted since.
+            sock = self._connected()
+            _send(sock, request, fds)
+        return _receive(sock)
+
+    def _connected(self) -> socket.socket:
+        if self._sock is None:
+            self._sock = self._connect()
+        return self._sock
+
+    def _connect(self) -> socket.socket:
+        path = read_info(self.mount).socket
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(str(path))
+            _send(sock, protocol.Hello(f"mshare pid {os.getpid()}"), ())
+            welcome, _ = _receive(sock)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"no daemon answers at {path}: {error.strerror}; {HOW_TO_START}") from error
+        if not isinstance(welcome, protocol.Welcome):
+            sock.close()
+            text = welcome.message if isinstance(welcome, protocol.Failed) else f"{welcome}"
+            raise OSError(errno.EPROTONOSUPPORT, f"the daemon at {path} does not welcome this client: {text}")
+        self.fork_events = welcome.fork_events
+        return sock
+
+    def _hang_up(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+def reply_of(reply: protocol.Message, expected: type[R]) -> R:
+    """The reply as what it should be. Raises OSError EPROTO when it is something else."""
+    if not isinstance(reply, expected):
+        raise OSError(errno.EPROTO, f"the daemon answered {type(reply).__name__} instead of {expected.__name__}")
+    return reply
+
+
+_connections: dict[Path, Connection] = {}
+_connections_lock = threading.Lock()
+
+
+def connect(mount: Path) -> Connection:
+    """This process's connection to the daemon of ``mount``; nothing is sent before the first request."""
+    with _connections_lock:
+        return _connections.setdefault(mount, Connection(mount))
+
+
+def forget_all() -> None:
+    """In a forked child: every connection is the parent's."""
+    global _connections_lock
+    _connections_lock = threading.Lock()
+    for connection in _connections.values():
+        connection.forget()
+
+
+def _send(sock: socket.socket, request: protocol.Request, fds: tuple[int, ...]) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([protocol.encode(request, len(fds))], ancillary)
+
+
+def _receive(sock: socket.socket) -> tuple[protocol.Message, list[int]]:
+    packet, ancillary, flags, _ = sock.recvmsg(protocol.MAX_PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    try:
+        return _checked(packet, len(fds), flags), list(fds)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _checked(packet: bytes, received: int, flags: int) -> protocol.Message:
+    """The message in a packet. Raises OSError when the daemon hung up, or something of it is missing."""
+    if not packet:
+        raise ConnectionResetError(errno.ECONNRESET, "the daemon hung up")
+    try:
+        message, announced = protocol.decode(packet)
+    except ProtocolError as error:
+        raise OSError(error.errno, str(error)) from error
+    if announced != received or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise OSError(errno.EMFILE, f"{announced} descriptors were sent, {received} came; raise `ulimit -n`")
+    return message

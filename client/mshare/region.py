@@ -1,0 +1,188 @@
+"""A region as its users hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mshare import connection
+from mshare.connection import Connection
+from mshare.window import Window
+from msharefs import protocol
+from msharefs.protocol import RegionStat, Vma
+
+
+class Region:
+    """An attached region: a window at ``address``, and the calls that act on what it shows.
+
+    Made by ``mshare.mshare``. Stays attached until ``detach``, ``mshare.mshare_unlink`` or the end of the process,
+    whether or not the object is kept. A context manager that detaches. Usable from several threads.
+    """
+
+    def __init__(self, name: str, link: Connection, window: Window, offer: protocol.Offer, attachment: int) -> None:
+        self._name = name
+        self._link = link
+        self._window = window
+        self._inode = offer.inode
+        self._attachment = attachment
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        with _attached_lock:
+            _attached.append(self)
+
+    @property
+    def name(self) -> str:
+        """The name it was opened by."""
+        return self._name
+
+    @property
+    def address(self) -> int:
+        """Where the window starts in this process."""
+        return self._window.address
+
+    @property
+    def size(self) -> int:
+        """Bytes of the region."""
+        return self._window.size
+
+    @property
+    def readonly(self) -> bool:
+        """Whether it was opened O_RDONLY: the window cannot be written."""
+        return self._window.readonly
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was detached."""
+        return not self._window.is_open
+
+    @property
+    def buf(self) -> memoryview:
+        """The memory, as bytes. Raises ValueError after ``detach``. A touch of a hole is a SIGBUS."""
+        return self._window.view
+
+    def stat(self) -> RegionStat:
+        """What the daemon and the kernel know of the region, sizes in bytes. Raises OSError, ValueError if closed."""
+        return self._link.call(protocol.GetStat(self._own_attachment()), protocol.RegionStat)
+
+    def maps(self) -> list[Vma]:
+        """The VMAs inside the region, by offset. Raises OSError, ValueError if closed."""
+        return list(self._link.call(protocol.GetMaps(self._own_attachment()), protocol.Maps).vmas)
+
+    def detach(self) -> None:
+        """Unmap the window and end this reference; a second call does nothing.
+
+        Raises BufferError, with nothing changed, while views of ``buf`` are alive.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self.end_reference(self.close_window())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        """Say what it is and where."""
+        state = "detached" if self.closed else f"{self.size:#x} bytes at {self.address:#x}"
+        return f"<Region {self._name!r}: {state}{', read-only' if self.readonly else ''}>"
+
+    def shows(self, mount: Path, inode: int) -> bool:
+        """Whether this is a window on the region with that file."""
+        return self._link.mount == mount and self._inode == inode
+
+    def close_window(self) -> int | None:
+        """Unmap without ending the reference, which is returned.
+
+        Raises BufferError, with nothing changed, while views are alive.
+        """
+        attachment = self._own_attachment_if_served()
+        self._window.close()
+        with _attached_lock:
+            _attached.remove(self)
+        return attachment
+
+    def end_reference(self, attachment: int | None) -> None:
+        """Tell the daemon, if there is one, that the window is gone."""
+        if attachment is not None:
+            with contextlib.suppress(OSError):
+                self._link.call(protocol.Detach(attachment), protocol.Done)
+
+    def _own_attachment(self) -> int:
+        """Number of this process's attachment; a forked child asks for its own at first."""
+        with self._lock:
+            if self.closed:
+                raise ValueError("the region is detached")
+            if self._pid != os.getpid():
+                reply = self._link.call(protocol.Adopt(self._attachment), protocol.Attached)
+                self._attachment, self._pid = reply.attachment, os.getpid()
+            return self._attachment
+
+    def _own_attachment_if_served(self) -> int | None:
+        """The same, or None when no daemon answers: then there is no reference to end either."""
+        try:
+            return self._own_attachment()
+        except OSError:
+            return None
+
+    def after_fork(self) -> None:
+        """In a forked child: the parent's lock and userfaultfd mean nothing here.
+
+        Where the kernel reports no forks the window is not armed: ask for that now, or give it up, since a touch of a
+        hole would put a page there for everybody.
+        """
+        self._lock = threading.RLock()
+        self._window.drop_userfaultfd()
+        if self._link.fork_events:
+            return
+        try:
+            self._window.make_userfaultfd(None)
+            request = protocol.Adopt(self._attachment)
+            reply = self._link.call(request, protocol.Attached, (self._window.userfaultfd,))
+            self._attachment, self._pid = reply.attachment, os.getpid()
+        except OSError:
+            self._window.discard()
+
+
+_attached: list[Region] = []
+_attached_lock = threading.Lock()
+
+
+def attached_as(mount: Path, inode: int) -> list[Region]:
+    """This process's windows on the region with that inode."""
+    with _attached_lock:
+        return [region for region in _attached if region.shows(mount, inode)]
+
+
+def close_windows(regions: list[Region]) -> None:
+    """Unmap all of them without ending their references, which an unlink does.
+
+    Raises BufferError while views of one are alive; those before it are detached then.
+    """
+    closed: list[tuple[Region, int | None]] = []
+    try:
+        for region in regions:
+            closed.append((region, region.close_window()))  # noqa: PERF401 - what is closed must be known when one fails
+    except BufferError:
+        for region, attachment in closed:
+            region.end_reference(attachment)
+        raise
+
+
+def _in_forked_child() -> None:
+    global _attached_lock
+    _attached_lock = threading.Lock()
+    connection.forget_all()
+    for region in _attached:
+        region.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

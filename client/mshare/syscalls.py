@@ -1,0 +1,170 @@
+"""Mapping memory at chosen addresses: what Python's mmap module has no words for."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import itertools
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from msharefs import uffd_abi as abi
+from msharefs.addr import PAGE_SIZE
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_NORESERVE: Final = 0x4000
+MAP_FIXED_NOREPLACE: Final = 0x100000
+SYS_MMAP: Final = 9
+SYS_MPROTECT: Final = 10
+SYS_IOCTL: Final = 16
+SYS_PWRITE64: Final = 18
+SYS_MREMAP: Final = 25
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+
+_keeping_the_lock: Final = ctypes.PyDLL(None, use_errno=True)
+_keeping_the_lock.syscall.restype = ctypes.c_long
+
+
+def mmap(addr: int | None, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """mmap(2); the address. Raises OSError."""
+    result = _libc.mmap(addr, length, prot, flags, fd, offset)
+    if result == _MAP_FAILED:
+        raise _error("mmap")
+    return int(result)
+
+
+def munmap(addr: int, length: int) -> None:
+    """munmap(2). Raises OSError."""
+    if _libc.munmap(addr, length):
+        raise _error("munmap")
+
+
+def mprotect(addr: int, length: int, prot: int) -> None:
+    """mprotect(2). Raises OSError."""
+    if _libc.mprotect(addr, length, prot):
+        raise _error("mprotect")
+
+
+def userfaultfd(device: int | None) -> int:
+    """A userfaultfd of this process, by a descriptor of the device or else by the system call, for user mode only."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    if device is not None:
+        return fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, flags)
+    fd = int(_libc.syscall(abi.SYS_USERFAULTFD, flags | abi.UFFD_USER_MODE_ONLY))
+    if fd < 0:
+        raise _error("userfaultfd")
+    return fd
+
+
+@attrs.frozen
+class Step:
+    """One system call and the only result with which the next step may follow."""
+
+    expected: int
+    number: int
+    args: tuple[int | ctypes.Array[ctypes.c_char], ...]
+
+
+def run_unswitched(steps: list[Step]) -> int:
+    """Make system calls one after the other, letting no other Python thread run in between; how many succeeded.
+
+    Ends at the first that returns something else than expected; errno is then in ``ctypes.get_errno()``. While memory
+    is armed that a Python thread may touch, that thread would wait holding the interpreter lock, and whoever is to
+    end the wait could never go on. Calls that keep the lock are not enough: the interpreter also switches threads
+    between two bytecodes. So none is executed: iterators written in C drive the calls. The caller keeps the collector
+    off.
+    """
+    calls = [(step.number, *map(_word, step.args)) for step in steps]
+    expected = [step.expected for step in steps]
+    results = itertools.starmap(_keeping_the_lock.syscall, calls)
+    return len(list(itertools.takewhile(operator.truth, map(operator.eq, results, expected))))
+
+
+def _word(arg: int | ctypes.Array[ctypes.c_char]) -> ctypes.c_long | ctypes.Array[ctypes.c_char]:
+    return ctypes.c_long(arg) if isinstance(arg, int) else arg
+
+
+def errno_error(what: str) -> OSError:
+    """The OSError of the last failed call."""
+    return _error(what)
+
+
+@attrs.frozen
+class Mapping:
+    """A line of /proc/self/maps."""
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    inode: int
+    path: str
+
+
+def own_mappings(start: int, end: int) -> list[Mapping]:
+    """This process's mappings with an address in ``start..end``, in order, as the kernel has them, unclipped."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(maxsplit=5)
+        low, _, high = fields[0].partition("-")
+        if int(low, 16) < end and start < int(high, 16):
+            prot = sum(bit for bit, letter in zip((1, 2, 4), fields[1], strict=False) if letter != "-")
+            path = fields[5] if len(fields) > 5 else ""
+            found.append(Mapping(int(low, 16), int(high, 16), prot, fields[1][3] == "s", int(fields[4]), path))
+    return found
+
+
+def populated(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Runs of pages in ``start..end`` that hold something, in memory or swap (/proc/self/pagemap, bits 63 and 62)."""
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        run: int | None = None
+        for chunk in range(start, end, 512 * PAGE_SIZE):
+            pages = min(512, (end - chunk) // PAGE_SIZE)
+            words = memoryview(os.pread(pagemap.fileno(), 8 * pages, chunk // PAGE_SIZE * 8)).cast("Q")
+            for page, word in enumerate(words):
+                addr = chunk + page * PAGE_SIZE
+                if word >> 62 and run is None:
+                    run = addr
+                elif not word >> 62 and run is not None:
+                    yield run, addr
+                    run = None
+        if run is not None:
+            yield run, end
+
+
+def thread_count() -> int:
+    """How many threads this process has, those of C libraries included."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def umask() -> int:
+    """The process's umask, read without changing it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+def _error(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")

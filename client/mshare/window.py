@@ -1,0 +1,120 @@
+"""A window: the stretch of this process's addresses where a region is seen."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import sys
+
+from mshare import syscalls as sc
+from msharefs.addr import PAGE_SIZE
+from msharefs.protocol import Offer
+
+ANCHOR_SIZE = 2 * PAGE_SIZE
+
+
+class RangeInUseError(OSError):
+    """Something else of this process stands where the window should go."""
+
+
+class Window:
+    """Maps a region's backing, and unmaps it only when nobody looks at it through ``buf`` any more.
+
+    ``userfaultfd`` is this process's copy: while somebody holds one, a thread that waits for a fault to be served
+    goes on waiting when the daemon dies, instead of reading zeros. ``anchor`` is two pages registered with it that
+    nobody touches.
+    """
+
+    def __init__(self, offer: Offer) -> None:
+        self.address = offer.addr
+        self.size = offer.size
+        self.readonly = offer.readonly
+        self.userfaultfd = -1
+        self.anchor = 0
+        self._mapped = False
+        self._view: memoryview | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be looked through."""
+        return self._view is not None
+
+    @property
+    def view(self) -> memoryview:
+        """All of it, as unsigned bytes. Raises ValueError when it is closed."""
+        if self._view is None:
+            raise ValueError("the region is detached")
+        return self._view
+
+    def map(self, backing: int) -> None:
+        """Take the range, which must be free. Nobody can touch it before ``open``. Raises OSError EINVAL."""
+        shared = sc.MAP_PRIVATE | sc.MAP_NORESERVE if self.readonly else sc.MAP_SHARED
+        text = f"{self.address:#x}+{self.size:#x} is in use in this process; attach at another address"
+        try:
+            got = sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
+        except FileExistsError as error:
+            raise RangeInUseError(errno.EINVAL, text) from error
+        self._mapped = True
+        if got != self.address:  # A kernel that does not know MAP_FIXED_NOREPLACE takes the address for a hint.
+            sc.munmap(got, self.size)
+            self._mapped = False
+            raise RangeInUseError(errno.EINVAL, text)
+
+    def make_userfaultfd(self, device: int | None) -> None:
+        """Have the means by which the daemon sees this window's faults and forks."""
+        self.userfaultfd = sc.userfaultfd(device)
+        if not self.anchor:
+            self.anchor = sc.mmap(None, ANCHOR_SIZE, sc.PROT_NONE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS)
+
+    def open(self) -> None:
+        """Let this process in. Preconditions: the daemon has armed what must be armed."""
+        sc.mprotect(self.address, self.size, sc.PROT_READ if self.readonly else sc.PROT_READ | sc.PROT_WRITE)
+        self._mapped = True
+        view = memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
+        self._view = view.toreadonly() if self.readonly else view
+
+    def close(self) -> None:
+        """Unmap. Raises BufferError, with nothing changed, while views of it are alive."""
+        if self._view is not None:
+            if _has_relatives(self._view):
+                raise BufferError("views of the region's buf are alive; release them before detaching")
+            self._view.release()  # Raises BufferError while an array, say, uses it.
+            self._view = None
+        self.discard()
+
+    def discard(self) -> None:
+        """Unmap, whoever looks; for windows that were never open."""
+        if self._mapped:
+            sc.munmap(self.address, self.size)
+            self._mapped = False
+        if self.anchor:
+            sc.munmap(self.anchor, ANCHOR_SIZE)
+            self.anchor = 0
+        self.drop_userfaultfd()
+
+    def drop_userfaultfd(self) -> None:
+        """Close this process's copy."""
+        if self.userfaultfd >= 0:
+            os.close(self.userfaultfd)
+            self.userfaultfd = -1
+
+
+def _has_relatives(view: memoryview) -> bool:
+    """Whether other memoryviews look at the same memory: slices and casts share one managed buffer with ``view``.
+
+    A view of raw memory pins nothing: unmapping under one that is alive would crash whoever touches it later.
+    """
+    (managed,) = gc.get_referents(view)
+    return sys.getrefcount(managed) > _REFERENCES_OF_ONE_VIEW
+
+
+def _references_of_one_view() -> int:
+    """What sys.getrefcount says in ``_has_relatives`` when a view is alone."""
+    view = memoryview(bytearray(1))
+    (managed,) = gc.get_referents(view)
+    return sys.getrefcount(managed)
+
+
+_REFERENCES_OF_ONE_VIEW = _references_of_one_view()

@@ -1,0 +1,160 @@
+"""The checker finds every way in which a host mm can be wrong: each is made once, and must be reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange, FrameNo
+from msharefs.errors import InternalError
+from msharefs.host_mm import HostMm
+from msharefs.invariants import check_mm
+from msharefs.page_table import Pte, PteFlag, _Directory, _Leaf
+from msharefs.perms import PROT_RW, Prot
+from msharefs.vma import Vma
+
+BASE = 32 << 40
+REGION = AddrRange.sized(BASE, 4 * PMD_SIZE)
+READONLY = PteFlag.PRESENT | PteFlag.UFFD_WP
+WRITABLE = PteFlag.PRESENT | PteFlag.WRITE
+
+
+def pages(first: int, end: int) -> AddrRange:
+    return AddrRange.sized(BASE + first * PAGE_SIZE, (end - first) * PAGE_SIZE)
+
+
+def good_mm() -> HostMm:
+    """A little of everything: 2 MiB leaves, small pages, three protections, a hole."""
+    mm = HostMm(REGION)
+    for first, end, prot in ((0, 1024, PROT_RW), (1024, 1100, Prot.READ), (1100, 1200, Prot.NONE)):
+        mm.mmap(pages(first, end), (end - first) * PAGE_SIZE, prot, fixed=True)
+    mm.sync_native([pages(0, 512), pages(600, 1050)], huge=True)
+    return mm
+
+
+def put_vma(mm: HostMm, vma: Vma) -> None:
+    """Enter a VMA as it is, past every check."""
+    mm.vmas._by_start[vma.ar.start] = vma
+
+
+def vma_within_a_page(mm: HostMm) -> None:
+    put_vma(mm, Vma(AddrRange.sized(BASE + 1300 * PAGE_SIZE, 100)))
+
+
+def vma_outside(mm: HostMm) -> None:
+    put_vma(mm, Vma(pages(2048, 2049)))
+
+
+def vmas_over_each_other(mm: HostMm) -> None:
+    put_vma(mm, Vma(pages(1199, 1300)))
+
+
+def vmas_not_merged(mm: HostMm) -> None:
+    put_vma(mm, Vma(pages(1200, 1300), Prot.NONE))
+
+
+def tables_miscounted(mm: HostMm) -> None:
+    mm.table.tables[1] += 1
+
+
+def pages_miscounted(mm: HostMm) -> None:
+    mm.table.pages -= 1
+
+
+def leaves_miscounted(mm: HostMm) -> None:
+    mm.table.huge_pages += 1
+
+
+def leaf_table_of(mm: HostMm) -> _Leaf:
+    return mm.table._leaf(pages(600, 601).start)
+
+
+def entries_miscounted(mm: HostMm) -> None:
+    leaf_table_of(mm).used += 1
+
+
+def entry_cleared_behind_the_counts(mm: HostMm) -> None:
+    leaf_table_of(mm).words[600 - 512] = 0
+
+
+def empty_leaf_table(mm: HostMm) -> None:
+    mm.table._leaf(pages(1600, 1601).start)
+
+
+def empty_directory(mm: HostMm) -> None:
+    mm.table._top.entries[511] = _Directory(2)
+    mm.table.tables[2] += 1
+
+
+def page_in_a_hole(mm: HostMm) -> None:
+    mm.table.set(pages(1300, 1301).start, Pte(FrameNo(1300), READONLY))
+
+
+def page_below_the_region(mm: HostMm) -> None:
+    mm.table.set(Address(BASE - PAGE_SIZE), Pte(FrameNo(0), READONLY))
+
+
+def page_far_above_the_region(mm: HostMm) -> None:
+    mm.table.set(Address(BASE + PGDIR_SIZE), Pte(FrameNo(0), READONLY))
+
+
+def page_with_a_foreign_frame(mm: HostMm) -> None:
+    mm.table.set(pages(700, 701).start, Pte(FrameNo(701), WRITABLE))
+
+
+def page_that_nobody_may_touch(mm: HostMm) -> None:
+    mm.table.set(pages(1150, 1151).start, Pte(FrameNo(1150), READONLY))
+
+
+def writable_page_in_a_read_only_mapping(mm: HostMm) -> None:
+    mm.table.set(pages(1030, 1031).start, Pte(FrameNo(1030), WRITABLE))
+
+
+VIOLATIONS: dict[Callable[[HostMm], None], str] = {
+    vma_within_a_page: "is not made of pages of",
+    vma_outside: "is not made of pages of",
+    vmas_over_each_other: "overlap",
+    vmas_not_merged: "are not merged",
+    tables_miscounted: "page tables count",
+    pages_miscounted: "page tables count",
+    leaves_miscounted: "page tables count",
+    entries_miscounted: "leaf table counts",
+    entry_cleared_behind_the_counts: "leaf table counts",
+    empty_leaf_table: "leaf table counts 0 entries",
+    empty_directory: "empty table on level 2",
+    page_in_a_hole: "lie in a hole",
+    page_below_the_region: "outside",
+    page_far_above_the_region: "outside",
+    page_with_a_foreign_frame: "has frame 701",
+    page_that_nobody_may_touch: "which nobody may touch",
+    writable_page_in_a_read_only_mapping: "writable in the read-only",
+}
+
+
+def test_a_good_mm_passes() -> None:
+    mm = good_mm()
+    check_mm(mm)
+    assert (mm.table.huge_pages, mm.table.pages) == (1, 450)
+
+
+def test_an_empty_mm_passes() -> None:
+    check_mm(HostMm(REGION))
+
+
+@pytest.mark.parametrize(("violate", "text"), VIOLATIONS.items(), ids=lambda v: getattr(v, "__name__", ""))
+def test_each_violation_is_reported(violate: Callable[[HostMm], None], text: str) -> None:
+    mm = good_mm()
+    violate(mm)
+    with pytest.raises(InternalError, match=text):
+        check_mm(mm)
+
+
+def test_a_leaf_with_a_frame_between_borders_is_reported() -> None:
+    """Such a region begins between borders: the frame is the right one for its address, and yet can be no leaf's."""
+    mm = HostMm(REGION.moved(PAGE_SIZE))
+    mm.mmap(mm.ar, mm.ar.size, fixed=True)
+    mm.table._pmd(Address(BASE + PMD_SIZE)).entries[1] = Pte(FrameNo(511), WRITABLE | PteFlag.HUGE).pack()
+    mm.table.huge_pages += 1
+    with pytest.raises(InternalError, match="at no border"):
+        check_mm(mm)
