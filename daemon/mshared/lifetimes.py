@@ -7,6 +7,7 @@ by their userfaultfd, which does not say whose it is: ``_identify`` marks the ad
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -26,7 +27,6 @@ from msharefs.fault import Fault
 from msharefs.namespace import Namespace
 from msharefs.perms import Access
 from msharefs.region import AttachmentId, Region, RegionId
-from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Lifetimes:
         live = LiveAttachment(model, region, uffd, Address(anchor))
         try:
             if self.fork_events:
-                uffd.arm(AddrRange.sized(anchor, PAGE_SIZE), Arming.MISSING)
+                uffd.mark(AddrRange.sized(anchor, PAGE_SIZE))
             apply.arm_new(live)
             self._watch_process(pid)
         except OSError as error:
@@ -256,6 +256,8 @@ class Lifetimes:
             forked_from=parent.model.id,
         )
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid)
+        with contextlib.suppress(OSError):
+            child.uffd.unmark(child.mark_page)  # Its parent may have been marked when it forked.
         self._add(child)
         self._unidentified.append(child)
         self._fork_seen.set()
@@ -266,14 +268,12 @@ class Lifetimes:
         With both pages of the anchor registered alike, the kernel shows them as one mapping of two pages.
         """
         try:
-            live.uffd.arm(live.mark_page, Arming.MISSING)
+            live.uffd.mark(live.mark_page)
+            pid = next((p for p in candidates if processes.mapping_size(p, live.anchor) == 2 * PAGE_SIZE), None)
+            live.uffd.unmark(live.mark_page)
         except OSError:
             self.sweep([live])
             return
-        try:
-            pid = next((p for p in candidates if processes.mapping_size(p, live.anchor) == 2 * PAGE_SIZE), None)
-        finally:
-            live.uffd.arm(live.mark_page, Arming.NATIVE)
         if pid is not None:
             self._unidentified.remove(live)
             live.model.pid = pid

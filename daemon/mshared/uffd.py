@@ -75,16 +75,27 @@ class Uffd:
     def arm(self, ar: AddrRange, arming: Arming) -> None:
         """Have exactly these faults reported from now on; NATIVE ends all reports and wakes who waits."""
         if not arming:
-            fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+            self.unmark(ar)
             self.wake(ar)
             return
-        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, int(arming), 0))
+        self._register(ar, arming)
         if arming & Arming.WP:
             self.write_protect(ar)
         else:
             # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
             with contextlib.suppress(FileNotFoundError):
                 self.write_protect(ar, protect=False)
+
+    def mark(self, ar: AddrRange) -> None:
+        """Register memory that nobody touches; neighbours registered alike then show as one mapping."""
+        self._register(ar, Arming.MISSING)
+
+    def unmark(self, ar: AddrRange) -> None:
+        """UFFDIO_UNREGISTER: faults of ``ar`` are the kernel's again."""
+        fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+
+    def _register(self, ar: AddrRange, arming: Arming) -> None:
+        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, int(arming), 0))
 
     def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
         """UFFDIO_WRITEPROTECT: the next store to each page is reported, or no longer (which wakes who waits)."""

@@ -1,0 +1,132 @@
+"""Who serves which fault: native memory, holes, and --paging=all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import Client, Daemon
+
+MIB = 1 << 20
+SIGBUS, SIGSEGV = 7, 11
+CREATE_WITH_HOLE = """
+base = 0x5000_0000_0000
+sc.mmap(base, 2 * MIB, 3, 0x22 | sc.MAP_FIXED_NOREPLACE)
+ctypes.memset(base, 7, 4)
+r = mshare.mshare({name!r}, base, 4 * MIB, CREATE)
+"""
+
+
+def test_anonymous_memory_never_reaches_the_daemon(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(f"r = mshare.mshare({name!r}, None, 64 * MIB, CREATE); r.buf[::PAGE] = bytes(64 * MIB // PAGE)")
+    assert c.ask("r.stat().faults") == 0
+    assert c.ask("r.stat().resident") == 64 * MIB
+
+
+@pytest.mark.parametrize("offset", [2 * MIB, 4 * MIB - 1, 3 * MIB + 5])
+def test_a_touch_of_a_hole_is_a_sigbus_with_its_address(client: Callable[..., Client], name: str, offset: int) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    c.do("report_faults()")
+    status, text = c.dies_of(f"r.buf[{offset}]")
+    assert (status, f"SIGNAL {SIGBUS} {0x5000_0000_0000 + offset:x}\n") == (100 + SIGBUS, text)
+
+
+def test_a_store_to_a_hole_is_a_sigbus_too(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    assert c.dies_of(f"r.buf[{2 * MIB}] = 1")[0] == -SIGBUS
+
+
+def test_the_faulthandler_of_python_prints_the_line(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    assert "Fatal Python error: Bus error" in c.dies_of(f"r.buf[{2 * MIB}]")[1]
+
+
+def test_a_later_process_meets_the_hole_where_it_attaches(client: Callable[..., Client], name: str) -> None:
+    donor, later = client(), client()
+    donor.do(CREATE_WITH_HOLE.format(name=name))
+    later.do(f"r = mshare.mshare({name!r}, 0x6000_0000_0000, 0, RW); report_faults()")
+    assert later.ask("r.buf[0]") == 7
+    status, text = later.dies_of(f"r.buf[{2 * MIB + 9}]")
+    assert (status, text) == (100 + SIGBUS, f"SIGNAL {SIGBUS} {0x6000_0000_0000 + 2 * MIB + 9:x}\n")
+    assert donor.ask("r.buf[0]") == 7
+
+
+def test_a_reader_meets_the_hole(client: Callable[..., Client], name: str) -> None:
+    donor, reader = client(), client()
+    donor.do(CREATE_WITH_HOLE.format(name=name))
+    reader.do(f"r = mshare.mshare({name!r}, None, 0, RO)")
+    assert reader.ask("r.buf[3]") == 7
+    assert reader.dies_of(f"r.buf[{2 * MIB}]")[0] == -SIGBUS
+
+
+def test_forked_children_and_their_children_meet_the_hole(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    assert c.ask(f"fork('r.buf[{2 * MIB}]')") == -SIGBUS
+    assert c.ask(f"fork('os._exit(50 + -fork(\"r.buf[{3 * MIB}]\"))')") == 50 + SIGBUS
+    assert c.ask("r.buf[0]") == 7
+
+
+def test_another_thread_of_the_process_gets_its_own_signal(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    c.do("report_faults()")
+    status, text = c.dies_of(f"t = threading.Thread(target=lambda: r.buf[{2 * MIB + 1}]); t.start(); t.join()")
+    assert (status, text) == (100 + SIGBUS, f"SIGNAL {SIGBUS} {0x5000_0000_0000 + 2 * MIB + 1:x}\n")
+
+
+def test_a_thread_that_blocks_the_signal_dies_all_the_same(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    c.do("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])")
+    assert c.dies_of(f"r.buf[{2 * MIB}]")[0] == -SIGBUS
+
+
+def test_an_empty_region_is_one_hole(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE, empty=True)")
+    assert c.ask("r.maps()") == []
+    assert c.dies_of("r.buf[0]")[0] == -SIGBUS
+
+
+def test_the_signal_of_holes_can_be_chosen(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str
+) -> None:
+    c = client(start_daemon("--hole-signal", "SIGSEGV"))
+    c.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE, empty=True)")
+    assert c.dies_of("r.buf[0]")[0] == -SIGSEGV
+
+
+@pytest.mark.parametrize("backing", ["thp", "4k"])
+def test_paging_all_counts_each_first_touch_once_for_all(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str, backing: str
+) -> None:
+    paging = start_daemon("--paging", "all", "--backing", backing)
+    a, b = client(paging), client(paging)
+    a.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE)")
+    b.do(f"r = mshare.mshare({name!r}, 0x6000_0000_0000, 0, RW)")
+    a.do("r.buf[: 64 * PAGE : PAGE] = b'a' * 64")
+    assert (a.ask("r.stat().faults"), a.ask("r.stat().tables['pte']")) == (64, 1)
+    assert b.ask("bytes(r.buf[: 64 * PAGE : PAGE]).decode()") == "a" * 64
+    b.do("r.buf[64 * PAGE : 80 * PAGE : PAGE] = b'b' * 16")
+    assert a.ask("bytes(r.buf[64 * PAGE : 80 * PAGE : PAGE]).decode()") == "b" * 16
+    assert b.ask("r.stat().faults") == 80
+    assert a.ask("fork('r.buf[100 * PAGE] = 1; assert r.buf[0] == 97')") == 0
+    assert (a.ask("r.buf[100 * PAGE]"), a.ask("r.stat().faults")) == (1, 81)
+
+
+def test_paging_all_serves_readers(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str
+) -> None:
+    paging = start_daemon("--paging", "all", "--backing", "4k")
+    writer, reader = client(paging), client(paging)
+    writer.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE)")
+    reader.do(f"r = mshare.mshare({name!r}, None, 0, RO)")
+    assert reader.ask("sum(r.buf[: 16 * PAGE : PAGE])") == 0
+    writer.do("r.buf[: 16 * PAGE : PAGE] = b'x' * 16")
+    assert reader.ask("bytes(r.buf[: 16 * PAGE : PAGE]).decode()") == "x" * 16
+    assert reader.ask("r.stat().faults") == 16
