@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 import attrs
 
-from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, USER_MAX, USER_MIN, Address, AddrRange, FrameNo
+from msharefs.addr import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_SIZE,
+    USER_MAX,
+    USER_MIN,
+    Address,
+    AddrRange,
+    FrameNo,
+    round_down,
+    round_up,
+)
 from msharefs.effects import Arm, Effect, Punch, Signal, Stash, Unstash
 from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError, NoMemoryError
 from msharefs.fault import Fault, Resolution, handle_fault
@@ -22,6 +35,10 @@ class HostMm:
     Every call decides and changes the model at once, between two awaits of its caller, and returns the effects that
     make the kernel follow. A call that raises has changed nothing. Addresses are the region's own; frame n is page n of
     the backing file.
+
+    ``granule`` is what the kernel may install at one fault of native memory: 2 MiB where the backing has huge pages. A
+    granule that holds anything the daemon must see is paged as a whole: else a native fault beside a hole would fill
+    the hole too.
     """
 
     def __init__(
@@ -29,6 +46,7 @@ class HostMm:
         ar: AddrRange,
         *,
         levels: int = 4,
+        granule: int = PAGE_SIZE,
         paging_all: bool = False,
         hole_signal: Signal = Signal.SIGBUS,
     ) -> None:
@@ -37,6 +55,7 @@ class HostMm:
         self.ar = ar
         self.vmas = VmaSet()
         self.table = PageTable(levels)
+        self.granule = granule
         self.paging_all = paging_all
         self.hole_signal = hole_signal
 
@@ -58,7 +77,7 @@ class HostMm:
         """
         _check_prot(prot)
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
-        before = self._armings(place)
+        before = self._armings(self._granules(place))
         moves: list[Effect] = []
         if self.vmas.remove(place):
             self.table.clear_range(place)
@@ -69,7 +88,7 @@ class HostMm:
     def munmap(self, ar: AddrRange) -> list[Effect]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
         self._check_range(ar)
-        before = self._armings(ar)
+        before = self._armings(self._granules(ar))
         self.vmas.remove(ar)
         self.table.clear_range(ar)
         return self._rearm(ar, before, [Punch(ar)])
@@ -83,7 +102,7 @@ class HostMm:
         self._check_range(ar)
         if self.vmas.holes(ar):
             raise NoMemoryError(f"{ar} is not mapped throughout; map it first")
-        before = self._armings(ar)
+        before = self._armings(self._granules(ar))
         moves: list[Effect] = []
         for vma in self.vmas.remove(ar):
             if vma.prot & PROT_RW and not prot & PROT_RW:
@@ -103,26 +122,38 @@ class HostMm:
         """What a new attachment must be armed with, in order: ranges that are not native."""
         return ((ar, arming) for ar, arming in self._armings(self.ar) if arming)
 
-    def sync_native(self, present: Iterable[AddrRange], *, huge: bool) -> None:
-        """Bring the tables of native memory up to date with the backing's allocation map.
+    def sync(self, present: Iterable[AddrRange], *, huge: bool) -> None:
+        """Bring the tables up to date with the backing's allocation map: native memory fills without a word.
 
         ``present`` are the ranges that hold data, in order, as SEEK_DATA and SEEK_HOLE tell; with ``huge``, whole
-        2 MiB of them are installed as leaves. Pages of paged ranges are left: those are exact.
+        2 MiB of them are installed as leaves. What lies outside the VMAs that may be touched is left out.
         """
-        for ar, arming in self._armings(self.ar):
-            if not arming & Arming.MISSING:
-                self.table.clear_range(ar)
+        self.table.clear_range(self.ar)
         for data in present:
-            self._install(data, huge=huge)
+            inside = data.intersect(self.ar)
+            if inside is not None:
+                self._install(inside, huge=huge)
+
+    def shared_granule_holes(self) -> list[AddrRange]:
+        """The parts of holes that share a granule with memory, in order.
+
+        Whoever writes to that memory through the file, past the page tables, has a whole granule filled, these parts
+        included: they are to be punched afterwards.
+        """
+        edges = _united(
+            sorted(AddrRange.page_at(a, self.granule) for v in self.vmas for a in (v.ar.start, v.ar.end - 1))
+        )
+        inside = (edge.intersect(self.ar) for edge in edges)
+        return [hole for edge in inside if edge is not None for hole in self.vmas.holes(edge)]
 
     def frame_at(self, addr: Address) -> FrameNo:
         """The frame that belongs to ``addr``: frame n is page n of the backing file."""
         return FrameNo((addr - self.ar.start) >> PAGE_SHIFT)
 
     def _install(self, ar: AddrRange, *, huge: bool) -> None:
-        """Enter pages that the kernel installed itself, in what is native of ``ar``."""
+        """Enter pages that are there, in what may be touched of ``ar``."""
         for vma in self.vmas.overlapping(ar):
-            if self._arming(vma) & Arming.MISSING:
+            if not vma.prot & PROT_RW:
                 continue
             flags = pte_flags(vma.prot)
             for piece in vma.clipped(ar).ar.pieces(PMD_SIZE):
@@ -149,14 +180,25 @@ class HostMm:
 
     def _armings(self, ar: AddrRange) -> list[tuple[AddrRange, Arming]]:
         """How ``ar`` is armed, in order and without gaps, equal neighbours as one."""
-        parts = [(hole, self._arming(None)) for hole in self.vmas.holes(ar)]
-        parts += [(vma.clipped(ar).ar, self._arming(vma)) for vma in self.vmas.overlapping(ar)]
+        area = self._granules(ar)
+        parts = [(hole, self._arming(None)) for hole in self.vmas.holes(area)]
+        parts += [(vma.clipped(area).ar, self._arming(vma)) for vma in self.vmas.overlapping(area)]
+        parts.sort()
+        paged = _united(self._granules(part) for part, arming in parts if arming & Arming.MISSING)
         merged: list[tuple[AddrRange, Arming]] = []
-        for part, arming in sorted(parts):
+        for piece, arming in _page_within(parts, paged):
+            inside = piece.intersect(ar)
+            if inside is None:
+                continue
             if merged and merged[-1][1] == arming:
-                part = AddrRange(merged.pop()[0].start, part.end)
-            merged.append((part, arming))
+                inside = AddrRange(merged.pop()[0].start, inside.end)
+            merged.append((inside, arming))
         return merged
+
+    def _granules(self, ar: AddrRange) -> AddrRange:
+        """The granules that ``ar`` has a part in, as far as they lie in the region."""
+        start, end = round_down(ar.start, self.granule), round_up(ar.end, self.granule)
+        return AddrRange(max(Address(start), self.ar.start), min(Address(end), self.ar.end))
 
     def _rearm(
         self,
@@ -166,16 +208,15 @@ class HostMm:
         *,
         also: Arming = Arming.NATIVE,
     ) -> list[Effect]:
-        """Arm ``ar`` as it is mapped now, around ``moves`` of its contents. Preconditions: it is mapped in one way.
+        """Arm the granules of ``ar`` as they are mapped now, around ``moves`` of the contents of ``ar``.
 
-        While contents move, what was reported before and what is from now on are reported both (and what ``also``
-        says): nobody slips in with a rule that neither the old mapping nor the new one has.
+        While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
+        ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
         """
-        new = self._arming(self.vmas.find(ar.start))
         first: list[Effect] = []
         last: list[Effect] = []
-        for piece, old in before:
-            between = old | new | also if moves else new
+        for piece, old, new in _changes(before, self._armings(self._granules(ar)), [ar.start, ar.end]):
+            between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
             if between != old:
                 first.append(Arm(piece, between))
             if new != between:
@@ -204,6 +245,52 @@ class HostMm:
             raise InvalidArgumentError(f"{ar} is not made of whole pages of {PAGE_SIZE} bytes")
         if not self.ar.covers(ar):
             raise InvalidArgumentError(f"{ar} is not inside the region {self.ar}")
+
+
+def _united(ranges: Iterable[AddrRange]) -> list[AddrRange]:
+    """The same addresses in ranges that neither overlap nor touch. Preconditions: ``ranges`` are in order."""
+    united: list[AddrRange] = []
+    for ar in ranges:
+        if united and ar.start <= united[-1].end:
+            last = united.pop()
+            united.append(AddrRange(last.start, max(last.end, ar.end)))
+        else:
+            united.append(ar)
+    return united
+
+
+def _cut(ar: AddrRange, borders: list[Address]) -> Iterator[AddrRange]:
+    """``ar`` cut at each of ``borders``, which are in order."""
+    inner = borders[bisect_right(borders, ar.start) : bisect_left(borders, ar.end)]
+    return (AddrRange(start, end) for start, end in itertools.pairwise([ar.start, *inner, ar.end]))
+
+
+def _page_within(parts: list[tuple[AddrRange, Arming]], paged: list[AddrRange]) -> Iterator[tuple[AddrRange, Arming]]:
+    """``parts`` cut at the borders of ``paged``, within which MISSING is added. Preconditions: both are in order."""
+    borders = [border for ar in paged for border in (ar.start, ar.end)]
+    for part, arming in parts:
+        for piece in _cut(part, borders):
+            inside = bisect_right(borders, piece.start) % 2
+            yield piece, arming | Arming.MISSING if inside else arming
+
+
+def _changes(
+    before: list[tuple[AddrRange, Arming]], after: list[tuple[AddrRange, Arming]], borders: list[Address]
+) -> Iterator[tuple[AddrRange, Arming, Arming]]:
+    """Pieces armed in one way before and in one way after, cut at ``borders`` too. Both lists cover the same range."""
+    was, now = iter(before), iter(after)
+    old_ar, old = next(was)
+    new_ar, new = next(now)
+    while True:
+        common = old_ar.intersect(new_ar)
+        assert common is not None
+        yield from ((piece, old, new) for piece in _cut(common, borders))
+        if common.end == before[-1][0].end:
+            return
+        if old_ar.end == common.end:
+            old_ar, old = next(was)
+        if new_ar.end == common.end:
+            new_ar, new = next(now)
 
 
 def _check_prot(prot: Prot) -> None:

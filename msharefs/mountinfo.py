@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import attrs
 
 FSTYPE = "fuse.msharefs"
-_OCTAL = re.compile(r"\\([0-7]{3})")
+_LINE = re.compile(r"(\d+) \d+ (\d+):(\d+) [^ ]* ([^ ]+) .*? - ([^ ]+) [^ ]* (.*)")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 @attrs.frozen
@@ -24,13 +25,14 @@ class Mount:
 
 def parse_mountinfo(text: str) -> Iterator[Mount]:
     """The mounts in ``text``, in order: a later one at the same point hides the earlier."""
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        fields, described = left.split(" "), right.split(" ")
-        owner = re.search(r"(?:^|,)user_id=(\d+)", described[-1])
-        major, _, minor = fields[2].partition(":")
-        device = (int(major), int(minor))
-        yield Mount(int(fields[0]), device, _unescape(fields[4]), described[0], int(owner[1]) if owner else None)
+    # Anybody may mount at a path that holds what Python takes for the end of a line; the kernel escapes "\n" only.
+    for line in text.split("\n"):
+        found = _LINE.fullmatch(line)
+        if found is None:
+            continue
+        number, major, minor, point, fstype, options = found.groups()
+        owner = re.search(r"(?:^|,)user_id=(\d+)", options)
+        yield Mount(int(number), (int(major), int(minor)), _unescape(point), fstype, int(owner[1]) if owner else None)
 
 
 def msharefs_mounts(text: str) -> list[Mount]:
@@ -40,5 +42,5 @@ def msharefs_mounts(text: str) -> list[Mount]:
 
 def _unescape(field: str) -> str:
     """Blanks in paths are written in octal; the bytes may be any, as in os.fsdecode."""
-    raw = _OCTAL.sub(lambda match: chr(int(match[1], 8)), field)
-    return raw.encode("latin-1", "ignore").decode("utf-8", "surrogateescape") if _OCTAL.search(field) else raw
+    raw = field.encode("utf-8", "surrogateescape")
+    return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), raw).decode("utf-8", "surrogateescape")

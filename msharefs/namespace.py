@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from msharefs.addr import PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, Address, AddrRange, round_up
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, Address, AddrRange, round_up
 from msharefs.effects import Signal
 from msharefs.errors import (
     AccessDeniedError,
@@ -128,7 +128,8 @@ class Namespace:
         self._check_limits(size, who)
         if addr is None:
             ar = self._free_range(size)
-        mm = HostMm(ar, paging_all=self.policy.paging_all, hole_signal=self.policy.hole_signal)
+        granule = PAGE_SIZE if backing is BackingKind.SMALL else PMD_SIZE
+        mm = HostMm(ar, granule=granule, paging_all=self.policy.paging_all, hole_signal=self.policy.hole_signal)
         if not empty:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin
 
 import attrs
 import cattrs
@@ -23,6 +23,7 @@ VERSION: Final = 1
 MAX_PACKET: Final = 64 << 10
 MAX_DESCRIPTORS: Final = 4
 HEADER: Final = struct.Struct("<4sHH")
+_SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
 
 @attrs.frozen
@@ -287,9 +288,11 @@ _NAMES: Final = {cls: op for op, cls in _OPS.items()}
 
 
 def _strict(value: object, kind: type[Any]) -> Any:  # noqa: ANN401 - cattrs hooks hand on whatever was asked for
-    """Take a value of exactly that type: ``"5"`` is no number, and ``True`` neither."""
+    """Take a value of exactly that type: ``"5"`` is no number, and ``True`` neither. Numbers have 64 bits."""
     if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+        raise TypeError(f"not of type {kind.__name__}")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise ValueError("more than 64 bits")
     return value
 
 
@@ -297,6 +300,10 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict)
+    converter.register_structure_hook_factory(
+        lambda cls: get_origin(cls) is tuple,
+        lambda cls: lambda value, _: tuple(converter.structure(_strict(value, list), list[get_args(cls)[0]])),
+    )
     converter.register_structure_hook_factory(
         attrs.has, lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
     )
@@ -329,15 +336,15 @@ def decode(packet: bytes) -> tuple[Message, int]:
 
 def _decode_body(raw: bytes) -> Message:
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not JSON: {error}") from None
     op = body.pop("op", None) if isinstance(body, dict) else None
     kind = _OPS.get(op) if isinstance(op, str) else None
     if kind is None:
-        raise ProtocolError(f"unknown operation {op!r}")
+        raise ProtocolError(f"unknown operation {op!r:.{_SHORT}}")
     try:
         message: Message = _converter.structure(body, kind)
     except (BaseValidationError, TypeError, ValueError) as error:
-        raise ProtocolError(f"{op}: {'; '.join(cattrs.transform_error(error))}") from None
+        raise ProtocolError(f"{op}: {'; '.join(cattrs.transform_error(error)):.{_SHORT}}") from None
     return message

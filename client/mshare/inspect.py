@@ -39,5 +39,7 @@ def _opened(name: Name, mount: Mount) -> Iterator[tuple[Connection, tuple[int, .
     with _ticket(link.mount / text, os.O_RDONLY) as ticket:
         if not ticket:
             path = link.mount / text
-            raise OSError(errno.EACCES, f"the mode of region {text!r} does not let you read it; its owner can chmod {path}")
+            raise OSError(
+                errno.EACCES, f"the mode of region {text!r} does not let you read it; its owner can chmod {path}"
+            )
         yield link, ticket

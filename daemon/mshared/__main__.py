@@ -55,7 +55,9 @@ class ModeType(click.ParamType[int]):
 @click.option("--mount", type=click.Path(path_type=Path), help="Where to mount. [default: /run/mshare for root]")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Socket and backing files. [default: by mount]")
 @click.option(
-    "--backing", type=click.Choice([kind.value for kind in BackingKind]), help="Backing of regions that name none. [default: thp for root]"
+    "--backing",
+    type=click.Choice([kind.value for kind in BackingKind]),
+    help="Backing of regions that name none. [default: thp for root]",
 )
 @click.option("--align", type=SizeType(), default=PMD_SIZE, help="Alignment of addresses and sizes. [default: 2M]")
 @click.option(

@@ -89,14 +89,13 @@ def run(config: Config) -> None:
         pager = Pager()
         stack.callback(pager.close)
         root = Ownership(os.geteuid(), os.getegid(), config.mode)
-        lifetimes = Lifetimes(Namespace(root, config.policy), pager, features)
+        lifetimes = Lifetimes(Namespace(root, config.policy), pager, features, device)
         stack.callback(_release, lifetimes)
         service = Service(
             lifetimes.namespace,
             lifetimes,
             store,
             default_backing=_default_backing(config, store),
-            uffd_device=device,
             notes=notes,
         )
         listener = stack.enter_context(_listener(config.state_dir / "socket"))

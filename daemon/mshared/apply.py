@@ -13,7 +13,7 @@ from functools import partial
 from mshared import backing, processes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, classify
-from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.addr import Address, AddrRange
 from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
 from msharefs.errors import InternalError
 from msharefs.vma import Arming
@@ -75,7 +75,7 @@ def _zero_fill(attachment: LiveAttachment, page: AddrRange, *, protected: bool) 
     if attachment.model.readonly:
         region = attachment.region
         host = page.moved(region.model.ar.start - attachment.model.window.start)
-        region.backing.fill_zero(region.model.offset_of(host), PAGE_SIZE)
+        region.filler().zero(region.model.offset_of(host))
         return _try(attachment, lambda: attachment.uffd.wake(page))
     outcome = _try(attachment, lambda: attachment.uffd.zero(page, protected=protected))
     if outcome is Outcome.EXISTS:

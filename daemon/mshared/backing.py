@@ -46,10 +46,6 @@ class Backing:
         """Give the memory of ``ar`` back and take it out of every process, with no event."""
         punch(self.fd, ar)
 
-    def fill_zero(self, offset: int, length: int) -> None:
-        """Make pages of zeros where the file holds none; what it holds stays."""
-        libc.call("fallocate64", self.fd, 0, offset, length)
-
     @contextlib.contextmanager
     def duplicate(self) -> Iterator[int]:
         """A descriptor of the file that outlives this backing, for a worker thread to read."""

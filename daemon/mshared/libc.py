@@ -6,6 +6,8 @@ import ctypes
 import os
 from typing import Final
 
+_MAP_SHARED: Final = 1
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -24,3 +26,18 @@ def call(name: str, *args: object) -> int:
 def syscall(number: int, *args: object) -> int:
     """Make a system call by its x86-64 number."""
     return call("syscall", number, *args)
+
+
+def map_shared(fd: int, size: int) -> int:
+    """Map a file shared and inaccessible, anywhere; the address. Raises OSError."""
+    _libc.mmap.restype = ctypes.c_void_p
+    address = _libc.mmap(None, ctypes.c_size_t(size), 0, _MAP_SHARED, fd, ctypes.c_long(0))
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap: {os.strerror(number)}")
+    return int(address)
+
+
+def unmap(address: int, size: int) -> None:
+    """Unmap what ``map_shared`` mapped."""
+    call("munmap", address, size)

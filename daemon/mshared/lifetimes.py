@@ -38,12 +38,16 @@ _LAST_LOOK: Final = 0.5
 
 
 class Lifetimes:
-    """All live regions and attachments. ``features`` are those every userfaultfd is opened with."""
+    """All live regions and attachments. ``features`` are those every userfaultfd is opened with.
 
-    def __init__(self, namespace: Namespace, pager: Pager, features: abi.Feature) -> None:
+    ``uffd_device`` is None where userfaultfds are made by system call.
+    """
+
+    def __init__(self, namespace: Namespace, pager: Pager, features: abi.Feature, uffd_device: int | None) -> None:
         self.namespace = namespace
         self._pager = pager
         self._features = features
+        self.uffd_device = uffd_device
         self._regions: dict[RegionId, LiveRegion] = {}
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
         self._pidfds: dict[int, int] = {}
@@ -62,7 +66,7 @@ class Lifetimes:
 
     def add_region(self, model: Region, backing: Backing) -> LiveRegion:
         """Take over a new region and its files."""
-        live = LiveRegion(model, backing)
+        live = LiveRegion(model, backing, self.uffd_device)
         self._regions[model.id] = live
         return live
 

@@ -8,6 +8,7 @@ import attrs
 import trio
 
 from mshared.backing import Backing
+from mshared.filler import Filler
 from mshared.uffd import Uffd
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.region import Attachment, Region
@@ -39,9 +40,17 @@ class LiveRegion:
 
     model: Region
     backing: Backing
+    uffd_device: int | None
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     _stash: int | None = None
+    _filler: Filler | None = None
+
+    def filler(self) -> Filler:
+        """What puts single pages into the backing; made when first needed."""
+        if self._filler is None:
+            self._filler = Filler(self.backing.fd, self.model.ar.size, self.uffd_device)
+        return self._filler
 
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""
@@ -52,6 +61,9 @@ class LiveRegion:
 
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
+        if self._filler is not None:
+            self._filler.close()
+            self._filler = None
         self.backing.close()
         if self._stash is not None:
             os.close(self._stash)

@@ -16,7 +16,7 @@ from mshared.live import LiveAttachment, LiveRegion
 from mshared.tickets import Ticket, read_ticket
 from msharefs import dump, protocol
 from msharefs.addr import AddrRange
-from msharefs.effects import Effect
+from msharefs.effects import Effect, Punch
 from msharefs.errors import (
     AccessDeniedError,
     BadDescriptorError,
@@ -51,7 +51,7 @@ class Pending:
     region: LiveRegion
     readonly: bool
     creator: bool
-    protect: tuple[protocol.DonatedRange, ...] = ()
+    donated: tuple[protocol.DonatedRange, ...] = ()
 
 
 @attrs.frozen
@@ -63,7 +63,7 @@ class Answer:
 
 
 class Service:
-    """The daemon's public behaviour. ``uffd_device`` is None where clients make their userfaultfd by system call."""
+    """The daemon's public behaviour."""
 
     def __init__(
         self,
@@ -72,14 +72,12 @@ class Service:
         store: BackingStore,
         *,
         default_backing: BackingKind,
-        uffd_device: int | None,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.lifetimes = lifetimes
         self.store = store
         self.default_backing = default_backing
-        self._uffd_device = uffd_device
         self._notes = notes
 
     def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
@@ -107,7 +105,7 @@ class Service:
             self.namespace.abandon(model)
             raise
         live = self.lifetimes.add_region(model, backing)
-        pending = Pending(live, readonly=request.readonly, creator=True, protect=request.donated)
+        pending = Pending(live, readonly=request.readonly, creator=True, donated=request.donated)
         return self._offer(live, model.ar.start, readonly=request.readonly), pending
 
     async def attach(
@@ -132,11 +130,8 @@ class Service:
         if self.namespace.get(region.model.id) is None:
             raise NotFoundError("the region is gone; it was removed in the meantime")
         live = self.lifetimes.attach(region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly)
-        for donated in pending.protect:
-            if Prot(donated.prot) & Prot.WRITE:
-                continue
-            ar = region.model.range_at(donated.offset, donated.length)
-            self._change(live, region.model.mm.mprotect(ar, Prot(donated.prot)))
+        if pending.donated:
+            self._settle_donation(live, pending.donated)
         return Answer(protocol.Attached(live.model.id))
 
     def give_up(self, pending: Pending) -> None:
@@ -206,7 +201,7 @@ class Service:
         with region.backing.duplicate() as fd:
             facts, present = await trio.to_thread.run_sync(_read_kernel, fd, list(region.attachments), self._notes)
         huge = region.model.backing is not BackingKind.SMALL
-        region.model.mm.sync_native((ar.moved(region.model.ar.start) for ar in present), huge=huge)
+        region.model.mm.sync((ar.moved(region.model.ar.start) for ar in present), huge=huge)
         return facts
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
@@ -250,7 +245,7 @@ class Service:
 
     def _offer(self, live: LiveRegion, addr: int, *, readonly: bool) -> Answer:
         fd = live.backing.readonly if readonly else live.backing.writable
-        device = () if self._uffd_device is None else (self._uffd_device,)
+        device = () if self.lifetimes.uffd_device is None else (self.lifetimes.uffd_device,)
         reply = protocol.Offer(0, live.model.id * INODES_A_REGION, addr, live.model.ar.size, readonly, bool(device))
         return Answer(reply, (fd, *device))
 
@@ -261,6 +256,14 @@ class Service:
             return BackingKind(wanted)
         except ValueError:
             raise InvalidArgumentError(f"backing {wanted!r} is none of {', '.join(BackingKind)}") from None
+
+    def _settle_donation(self, live: LiveAttachment, donated: tuple[protocol.DonatedRange, ...]) -> None:
+        """Make holes and protections hold, now that the contents are in: they came through the file."""
+        mm = live.region.model.mm
+        self._change(live, [Punch(hole) for hole in mm.shared_granule_holes()])
+        for part in donated:
+            if not Prot(part.prot) & Prot.WRITE:
+                self._change(live, mm.mprotect(live.region.model.range_at(part.offset, part.length), Prot(part.prot)))
 
     def _change(self, live: LiveAttachment, effects: list[Effect]) -> None:
         """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""

@@ -1,0 +1,36 @@
+"""Putting single pages into a backing file without touching their neighbours.
+
+A write through the file brings a whole huge page where the backing has those, and with it memory for holes beside it. A
+page that comes by userfaultfd is small. So the daemon maps the file itself, registers that mapping, never touches it,
+and asks for pages there; every process then finds them in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from mshared import libc, uffd
+from msharefs import uffd_abi as abi
+from msharefs.addr import PAGE_SIZE, AddrRange
+
+
+class Filler:
+    """A mapping of one backing file in the daemon, registered MISSING."""
+
+    def __init__(self, fd: int, size: int, device: int | None) -> None:
+        self._size = size
+        self._uffd = uffd.new(device)
+        self._uffd.open_api(abi.Feature.MISSING_SHMEM)
+        self._start = libc.map_shared(fd, size)
+        self._uffd.mark(AddrRange.sized(self._start, size))
+
+    def zero(self, offset: int) -> None:
+        """Have a page of zeros at ``offset``, unless there is one already."""
+        with contextlib.suppress(FileExistsError):
+            self._uffd.zero(AddrRange.sized(self._start + offset, PAGE_SIZE), protected=False)
+
+    def close(self) -> None:
+        """Unmap and close."""
+        libc.unmap(self._start, self._size)
+        os.close(self._uffd.fd)

@@ -1,0 +1,88 @@
+"""What the documents show runs: the Python in the READMEs, the examples, and the commands that are named."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Daemon
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ["README.md", "msharefs/README.md"]
+PATIENCE = 30
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced code blocks of a document in that language, in order."""
+    return [text for kind, text in _FENCE.findall((ROOT / document).read_text()) if kind == language]
+
+
+def run(mount: Path, *command: str) -> str:
+    """Run a command as a process of its own, which must succeed; what it printed."""
+    env = {**os.environ, "MSHAREFS": str(mount), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd=mount.parent, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def expected_output(block: str) -> list[str]:
+    """What the lines of a block say they print: the comments behind ``print(...)``."""
+    return re.findall(r"^\s*print\(.*\)\s+# (.*)$", block, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", READMES)
+def test_python_of_a_readme_runs_and_prints_what_it_says(daemon: Daemon, document: str) -> None:
+    """Each block in a process of its own, one after the other, on the same daemon."""
+    found = blocks(document, "python")
+    assert found, f"{document} shows no Python"
+    for block in found:
+        assert run(daemon.mount, sys.executable, "-c", block).splitlines() == expected_output(block)
+    assert leftovers(daemon.mount) == []
+
+
+def test_the_consumer_reads_what_the_dead_donor_wrote(daemon: Daemon) -> None:
+    """The example of the series: two processes that never live at the same time, the same address, one text."""
+    donor = run(daemon.mount, sys.executable, str(ROOT / "examples/donor.py"), "documented")
+    assert leftovers(daemon.mount) == ["documented"]
+    consumer = run(daemon.mount, sys.executable, str(ROOT / "examples/consumer.py"), "documented")
+    assert "'Some random shared text'" in donor
+    assert "reads 'Some random shared text'" in consumer
+    assert "0x20000000000" in donor
+    assert "0x20000000000" in consumer
+    assert leftovers(daemon.mount) == []
+
+
+def test_commands_named_in_the_readme_exist() -> None:
+    """Every scripts/... that README.md names can be executed, and every option of ours that it shows is known."""
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"\bscripts/\w+", text))
+    assert {"scripts/demo", "scripts/test"} <= named
+    for command in sorted(named):
+        assert os.access(ROOT / command, os.X_OK), f"{command} cannot be executed"
+
+
+def test_modules_named_in_the_readme_can_be_run() -> None:
+    """Every ``python -m ...`` of README.md answers to --help."""
+    named = set(re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / "README.md").read_text()))
+    assert "benchmarks" in named
+    for module in named:
+        command = [sys.executable, "-m", module, "--help"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PATIENCE).returncode == 0, module
+
+
+@pytest.mark.parametrize("document", [*READMES, "CHANGELOG.md"])
+def test_files_a_document_links_to_exist(document: str) -> None:
+    """Relative links lead somewhere."""
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
+    missing = [link for link in links if "://" not in link and not ((ROOT / document).parent / link).exists()]
+    assert missing == []
+
+
+def leftovers(mount: Path) -> list[str]:
+    """The regions that are there."""
+    return sorted(set(os.listdir(mount)) - {"mshare_info", ".regions", ".metrics"})
