@@ -7,8 +7,10 @@ most 64 KiB. The client's first message is ``hello``. Every request has one answ
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
+import types
 from typing import Any, Final, get_args, get_origin
 
 import attrs
@@ -22,6 +24,8 @@ MAGIC: Final = b"MSHR"
 VERSION: Final = 1
 MAX_PACKET: Final = 64 << 10
 MAX_DESCRIPTORS: Final = 4
+ANCHOR_PAGES: Final = 1024
+"""Pages of address space, not of memory, that a client sets aside beside each window."""
 HEADER: Final = struct.Struct("<4sHH")
 _SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
@@ -102,8 +106,8 @@ class Offer:
 class Mapped:
     """Client: the window stands at ``addr``. One descriptor, its userfaultfd.
 
-    ``anchor`` is the address of two pages of private anonymous memory that nobody touches: the daemon registers the
-    first with the userfaultfd, so that every fork is reported.
+    ``anchor`` is the address of ANCHOR_PAGES pages of private anonymous memory that nobody touches (PROT_NONE): the
+    daemon registers the first with the userfaultfd, so that every fork is reported, and others to tell children apart.
     """
 
     offer: int
@@ -296,14 +300,21 @@ def _strict(value: object, kind: type[Any]) -> Any:  # noqa: ANN401 - cattrs hoo
     return value
 
 
+def _is_tuple(kind: Any) -> bool:  # noqa: ANN401 - any type at all
+    return get_origin(kind) is tuple
+
+
+def _structure_tuple(converter: cattrs.Converter, value: object, kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """Take a JSON array, and nothing else that can be iterated."""
+    as_list: Any = types.GenericAlias(list, get_args(kind)[:1])
+    return tuple(converter.structure(_strict(value, list), as_list))
+
+
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict)
-    converter.register_structure_hook_factory(
-        lambda cls: get_origin(cls) is tuple,
-        lambda cls: lambda value, _: tuple(converter.structure(_strict(value, list), list[get_args(cls)[0]])),
-    )
+    converter.register_structure_hook_func(_is_tuple, functools.partial(_structure_tuple, converter))
     converter.register_structure_hook_factory(
         attrs.has, lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
     )

@@ -79,7 +79,7 @@ for line in sys.stdin:
         else:
             answer = {"value": eval(request["ask"], globals())}
         json.dumps(answer)
-    except BaseException as error:
+    except Exception as error:
         answer = {"error": type(error).__name__, "errno": getattr(error, "errno", None), "text": str(error)}
         if not isinstance(error, (OSError, BufferError, ValueError, TypeError)):
             traceback.print_exc()
@@ -202,7 +202,11 @@ class Daemon:
         code = _DAEMON + (f"drop({uid})\n" if uid is not None else "") + f"main({arguments!r})\n"
         self._log = (directory / "log").open("wb+")
         self.process = subprocess.Popen([sys.executable, "-c", code], stderr=self._log, stdout=self._log)
-        self._wait_until_ready()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._log.close()
+            raise
 
     @property
     def pid(self) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 
 from mshare import syscalls as sc
 from mshare.connection import Connection, connect, reply_of
-from mshare.discovery import find_mount
+from mshare.discovery import find_mount, read_info
 from mshare.donation import Donation
 from mshare.region import Region, attached_as, close_windows
 from mshare.window import RangeInUseError, Window
@@ -177,8 +177,8 @@ def _ticket(path: Path, access: int) -> Iterator[tuple[int, ...]]:
         fds: tuple[int, ...] = (os.open(path, access | os.O_CLOEXEC),)
     except PermissionError:
         fds = ()
-    except FileNotFoundError as error:
-        raise _no_region(path) from error
+    except OSError as error:
+        raise _no_region(path, error) from error
     try:
         yield fds
     finally:
@@ -189,12 +189,16 @@ def _ticket(path: Path, access: int) -> Iterator[tuple[int, ...]]:
 def _inode(path: Path) -> int:
     try:
         return path.stat().st_ino
-    except FileNotFoundError as error:
-        raise _no_region(path) from error
+    except OSError as error:
+        raise _no_region(path, error) from error
 
 
-def _no_region(path: Path) -> OSError:
-    return OSError(errno.ENOENT, f"no region is named {path.name!r} in {path.parent}; O_CREAT makes one")
+def _no_region(path: Path, error: OSError) -> OSError:
+    """Why a region's file cannot be reached, in better words. Raises OSError when the mount itself is the reason."""
+    read_info(path.parent)
+    if error.errno == errno.ENOENT:
+        return OSError(errno.ENOENT, f"no region is named {path.name!r} in {path.parent}; O_CREAT makes one")
+    return error
 
 
 def _checked_name(name: Name) -> str:

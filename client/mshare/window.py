@@ -10,9 +10,9 @@ import sys
 
 from mshare import syscalls as sc
 from msharefs.addr import PAGE_SIZE
-from msharefs.protocol import Offer
+from msharefs.protocol import ANCHOR_PAGES, Offer
 
-ANCHOR_SIZE = 2 * PAGE_SIZE
+ANCHOR_SIZE = ANCHOR_PAGES * PAGE_SIZE
 
 
 class RangeInUseError(OSError):

@@ -34,6 +34,8 @@ from msharefs.region import BackingKind
 
 log = logging.getLogger(__name__)
 
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+"""Once one has come, more change nothing: what was taken from the machine is given back to the end."""
 _MOUNT_PATIENCE: Final = 3.0
 """Seconds a mount that stands at our place may take to show that somebody serves it."""
 
@@ -74,8 +76,11 @@ def runtime_directory() -> Path:
 
 
 def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StartError."""
+    """Serve until SIGTERM or SIGINT, however many come. Raises StartError."""
     _raise_descriptor_limit()
+    early: list[int] = []
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda number, _: early.append(number))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_directory(config.state_dir.parent))
         stack.enter_context(_directory(config.state_dir))
@@ -100,7 +105,9 @@ def run(config: Config) -> None:
         )
         listener = stack.enter_context(_listener(config.state_dir / "socket"))
         stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount))
-        trio.run(_serve, config, service, pager, listener)
+        trio.run(_serve, config, service, pager, listener, early)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # The interpreter would restore the default while it ends.
 
 
 def info_text(config: Config, service: Service) -> str:
@@ -116,28 +123,28 @@ def info_text(config: Config, service: Service) -> str:
     return f"{config.policy.align}\n" + "".join(f"{key} {value}\n" for key, value in lines.items())
 
 
-async def _serve(config: Config, service: Service, pager: Pager, listener: object) -> None:
-    """All tasks, until a signal ends them."""
+async def _serve(config: Config, service: Service, pager: Pager, listener: object, early: list[int]) -> None:
+    """All tasks, until a signal ends them. ``early`` are those that came before anybody could listen."""
     device = mounts.mount_at(config.mount)
     if device is None or device.fstype != FSTYPE:
         raise StartError(f"{config.mount} was unmounted while starting")
     server = control.ControlServer(service, config.mount, device.device)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
             nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]
             nursery.start_soon(pager.run)
             nursery.start_soon(service.lifetimes.sweep_forever)
-            nursery.start_soon(service.lifetimes.identify_forever)
+            nursery.start_soon(service.lifetimes.forks.run)
             await _until_served(config.mount)
             sys.stderr.write(f"mshared: ready: mount {config.mount} backing {service.default_backing}\n")
             sys.stderr.flush()
             notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {config.mount}")
-            async for number in signals:
-                log.info("%s: stopping", signal.Signals(number).name)
-                notify("STOPPING=1")
-                _report_attached(service)
-                nursery.cancel_scope.cancel()
+            number = early[0] if early else await anext(signals)
+            log.info("%s: stopping", signal.Signals(number).name)
+            notify("STOPPING=1")
+            _report_attached(service)
+            nursery.cancel_scope.cancel()
 
 
 async def _fuse_until_unmounted(scope: trio.CancelScope) -> None:

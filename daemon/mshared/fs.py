@@ -339,8 +339,8 @@ class MshareFs(pyfuse3.Operations):
 
 
 def initialize(fs: MshareFs, mount: Path, *, everybody: bool) -> None:
-    """Mount. With ``everybody`` other users may use it too, as far as modes allow."""
-    options = set(pyfuse3.default_options) | {"fsname=msharefs", "subtype=msharefs", "default_permissions"}
+    """Mount. With ``everybody`` other users may use it too, as far as modes allow. Raises RuntimeError."""
+    options = {*pyfuse3.default_options, "fsname=msharefs", "subtype=msharefs", "default_permissions"}
     if everybody:
         options.add("allow_other")
     pyfuse3.init(fs, str(mount), options)

@@ -2,12 +2,11 @@
 
 Death is seen three ways, because none sees all: a pidfd turns readable when a process ends; a userfaultfd answers ESRCH
 when its address space is gone, which is how an exec shows; and a connection closes. Forked children announce themselves
-by their userfaultfd, which does not say whose it is: ``_identify`` marks the address space and looks for the mark.
+by their userfaultfd, which does not say whose it is: see ``mshared.forks``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ import trio
 
 from mshared import apply, processes
 from mshared.backing import Backing
+from mshared.forks import Forks
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
 from mshared.uffd import Outcome, Uffd, is_userfaultfd
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
-_FIRST_LOOK: Final = 0.001
-_LAST_LOOK: Final = 0.5
-"""Seconds between two looks for a forked child: from the first to the longest."""
 
 
 class Lifetimes:
@@ -51,8 +48,7 @@ class Lifetimes:
         self._regions: dict[RegionId, LiveRegion] = {}
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
         self._pidfds: dict[int, int] = {}
-        self._unidentified: list[LiveAttachment] = []
-        self._fork_seen = trio.Event()
+        self.forks = Forks(self._on_child_found)
 
     @property
     def fork_events(self) -> bool:
@@ -126,8 +122,7 @@ class Lifetimes:
         if self._attachments.pop(live.model.id, None) is None:
             return
         live.region.attachments.remove(live)
-        if live in self._unidentified:
-            self._unidentified.remove(live)
+        self.forks.discard(live)
         self._pager.remove(live.uffd.fd)
         live.uffd.close()
         gone = self.namespace.detach(live.region.model, live.model)
@@ -148,34 +143,10 @@ class Lifetimes:
             await trio.sleep(SWEEP_INTERVAL)
             self.sweep()
 
-    async def identify_forever(self) -> None:
-        """Find out whose the userfaultfds of forked children are, soon after the fork."""
-        while True:
-            await self._fork_seen.wait()
-            self._fork_seen = trio.Event()
-            delay = _FIRST_LOOK
-            while self._unidentified:
-                with trio.move_on_after(delay):
-                    await self._fork_seen.wait()
-                    self._fork_seen = trio.Event()
-                    delay = _FIRST_LOOK
-                self.identify(everywhere=delay >= _LAST_LOOK)
-                delay = min(2 * delay, _LAST_LOOK)
-
-    def identify(self, *, everywhere: bool = False) -> None:
-        """Look once for the processes of forked children; ``everywhere``: also among those with another parent now."""
-        self.sweep(self._unidentified)
-        for live in list(self._unidentified):
-            known = live.region.model.pids
-            parent = live.parent_pid
-            candidates = processes.all_pids() if everywhere or parent is None else processes.children_of(parent)
-            self._identify(live, [pid for pid in candidates if pid not in known])
-
     def adopt(self, parent: int, pid: int) -> LiveAttachment:
         """The attachment that the forked process ``pid`` inherited from its parent's. Raises NotFoundError."""
-        for live in list(self._attachments.values()):
-            if live.model.forked_from == parent and live.model.pid is None:
-                self._identify(live, [pid])
+        self.forks.look_among([pid])
+        for live in self._attachments.values():
             if live.model.forked_from == parent and live.model.pid == pid:
                 return live
         raise NotFoundError(f"process {pid} has inherited no window; attach again")
@@ -260,28 +231,13 @@ class Lifetimes:
             forked_from=parent.model.id,
         )
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid)
-        with contextlib.suppress(OSError):
-            child.uffd.unmark(child.mark_page)  # Its parent may have been marked when it forked.
         self._add(child)
-        self._unidentified.append(child)
-        self._fork_seen.set()
+        self.forks.add(child)
 
-    def _identify(self, live: LiveAttachment, candidates: list[int]) -> None:
-        """Mark the child's address space, look which process has the mark, and take it off again.
-
-        With both pages of the anchor registered alike, the kernel shows them as one mapping of two pages.
-        """
+    def _on_child_found(self, child: LiveAttachment, pid: int) -> None:
+        """A forked child's process is known now."""
+        child.model.pid = pid
         try:
-            live.uffd.mark(live.mark_page)
-            pid = next((p for p in candidates if processes.mapping_size(p, live.anchor) == 2 * PAGE_SIZE), None)
-            live.uffd.unmark(live.mark_page)
-        except OSError:
-            self.sweep([live])
-            return
-        if pid is not None:
-            self._unidentified.remove(live)
-            live.model.pid = pid
-            try:
-                self._watch_process(pid)
-            except ProcessLookupError:
-                self.drop(live)
+            self._watch_process(pid)
+        except ProcessLookupError:
+            self.drop(child)

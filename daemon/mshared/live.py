@@ -10,24 +10,19 @@ import trio
 from mshared.backing import Backing
 from mshared.filler import Filler
 from mshared.uffd import Uffd
-from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.addr import Address
 from msharefs.region import Attachment, Region
 
 
 @attrs.define(eq=False)
 class LiveAttachment:
-    """An attachment and its userfaultfd. ``anchor`` is where the client keeps its two registered pages."""
+    """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``."""
 
     model: Attachment
     region: LiveRegion
     uffd: Uffd
     anchor: Address
     parent_pid: int | None = None
-
-    @property
-    def mark_page(self) -> AddrRange:
-        """The second page of the anchor: registered too for a moment, it tells this address space from others."""
-        return AddrRange.sized(self.anchor + PAGE_SIZE, PAGE_SIZE)
 
     def __str__(self) -> str:
         """How log lines start."""

@@ -51,17 +51,19 @@ def all_pids() -> Iterator[int]:
     return (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
 
 
-def mapping_size(pid: int, start: int) -> int | None:
-    """Bytes of the mapping that starts exactly at ``start`` in a process, or None."""
-    prefix = f"{start:08x}-"
+def mapping_sizes(pid: int, starts: set[Address]) -> dict[Address, int]:
+    """Bytes of those mappings of a process that start exactly at one of ``starts``."""
+    found: dict[Address, int] = {}
     try:
-        with (_PROC / str(pid) / "maps").open() as maps:
-            for line in maps:
-                if line.startswith(prefix):
-                    return int(line[len(prefix) :].split(" ", 1)[0], 16) - start
+        maps = (_PROC / str(pid) / "maps").read_bytes()
     except OSError:
-        pass
-    return None
+        return found
+    for start in starts:
+        prefix = b"%08x-" % start
+        at = 0 if maps.startswith(prefix) else maps.find(b"\n" + prefix) + 1
+        if maps.startswith(prefix, at):
+            found[start] = int(maps[at + len(prefix) : maps.index(b" ", at)], 16) - start
+    return found
 
 
 def page_table_bytes(pid: int) -> int:

@@ -161,7 +161,7 @@ class Service:
         region = self._find_ready(request.name)
         may_write = ticket is not None and ticket.writable and self._by_ticket(ticket).model is region
         self.lifetimes.sweep(self.lifetimes.region(region).attachments)
-        self.lifetimes.identify()
+        self.lifetimes.forks.look()
         self.namespace.check_unlink(region, caller.pid, may_write=may_write)
         live = self.lifetimes.region(region)
         for attachment in self.lifetimes.of_process(region, caller.pid):
@@ -187,7 +187,7 @@ class Service:
     async def stat(self, region: LiveRegion) -> protocol.RegionStat:
         """Everything known about a region, brought up to date first."""
         self.lifetimes.sweep(region.attachments)
-        self.lifetimes.identify()
+        self.lifetimes.forks.look()
         facts = await self.refresh(region)
         return dump.region_stat(region.model, facts)
 

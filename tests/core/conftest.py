@@ -6,7 +6,7 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("dev", deadline=None, max_examples=60, stateful_step_count=30)
+settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
-settings.register_profile("deep", settings.get_profile("dev"), max_examples=2000, stateful_step_count=60)
+settings.register_profile("deep", settings.get_profile("dev"), max_examples=3000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev"))

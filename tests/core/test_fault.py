@@ -103,7 +103,7 @@ def test_a_store_to_a_protected_page_that_stays_protected_gives_sigsegv(prot: Pr
 def test_a_page_that_the_kernel_misses_under_a_huge_leaf_splits_it() -> None:
     mm = HostMm(REGION)
     mm.mmap(REGION, REGION.size, fixed=True)
-    mm.sync_native([REGION], huge=True)
+    mm.sync([REGION], huge=True)
     assert handle_fault(mm, Fault(within(700), Access.WRITE)).effect == ZeroFill(pages(700, 701))
     assert (mm.table.huge_pages, mm.table.pages) == (1, 512)
     check_mm(mm)

@@ -101,7 +101,7 @@ class TestMmap:
 
     def test_replacing_frees_the_old_contents(self) -> None:
         mm = mm_with((0, 8, PROT_RW))
-        mm.sync_native([pages(0, 8)], huge=False)
+        mm.sync([pages(0, 8)], huge=False)
         assert map_fixed(mm, 2, 4, replace=True) == [Punch(pages(2, 4))]
         assert mapped(mm) == [(0, 8, PROT_RW)]
         assert [run for run, _ in installed(mm)] == [pages(0, 2), pages(4, 8)]
@@ -138,7 +138,7 @@ class TestMunmap:
 
     def test_faults_are_caught_before_memory_is_freed(self) -> None:
         mm = mm_with((0, 8, PROT_RW))
-        mm.sync_native([pages(0, 8)], huge=False)
+        mm.sync([pages(0, 8)], huge=False)
         assert mm.munmap(pages(2, 4)) == [Arm(pages(2, 4), MISSING), Punch(pages(2, 4))]
         assert mapped(mm) == [(0, 2, PROT_RW), (4, 8, PROT_RW)]
         assert [run for run, _ in installed(mm)] == [pages(0, 2), pages(4, 8)]
@@ -164,7 +164,7 @@ class TestMunmap:
 
     def test_tables_that_become_empty_are_freed(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([REGION], huge=False)
+        mm.sync([REGION], huge=False)
         assert mm.table.tables == [4, 1, 1, 1]
         mm.munmap(REGION)
         assert mm.table.tables == [0, 0, 0, 1]
@@ -175,7 +175,7 @@ class TestMprotect:
 
     def test_write_protecting_is_one_effect(self) -> None:
         mm = mm_with((0, 8, PROT_RW))
-        mm.sync_native([pages(0, 8)], huge=False)
+        mm.sync([pages(0, 8)], huge=False)
         assert mm.mprotect(pages(2, 4), Prot.READ) == [Arm(pages(2, 4), WP)]
         assert mapped(mm) == [(0, 2, PROT_RW), (2, 4, Prot.READ), (4, 8, PROT_RW)]
         readonly, writable = PteFlag.PRESENT | PteFlag.UFFD_WP, PteFlag.PRESENT | PteFlag.WRITE
@@ -184,14 +184,14 @@ class TestMprotect:
 
     def test_letting_stores_in_again_is_one_effect(self) -> None:
         mm = mm_with((0, 8, Prot.READ))
-        mm.sync_native([pages(0, 8)], huge=False)
+        mm.sync([pages(0, 8)], huge=False)
         assert mm.mprotect(pages(0, 8), PROT_RW) == [Arm(pages(0, 8), NATIVE)]
         assert installed(mm) == [(pages(0, 8), PteFlag.PRESENT | PteFlag.WRITE)]
 
     def test_contents_are_stashed_while_nobody_can_touch_or_change_them(self) -> None:
         """A store after the copy and before the pages are gone would be lost: WP keeps it out as long."""
         mm = mm_with((0, 8, PROT_RW))
-        mm.sync_native([pages(0, 8)], huge=False)
+        mm.sync([pages(0, 8)], huge=False)
         assert mm.mprotect(pages(2, 4), Prot.NONE) == [
             Arm(pages(2, 4), MISSING | WP),
             Stash(pages(2, 4)),
@@ -249,7 +249,7 @@ class TestMprotect:
 
     def test_a_part_of_a_huge_leaf_splits_it_and_the_rest_keeps_its_frames(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([REGION], huge=True)
+        mm.sync([REGION], huge=True)
         mm.mprotect(pages(600, 601), Prot.READ)
         assert (mm.table.huge_pages, mm.table.pages) == (3, 512)
         check_mm(mm)
@@ -332,12 +332,12 @@ class TestArmings:
         ]
 
 
-class TestSyncNative:
-    """Tables of memory that the kernel fills itself follow the backing's allocation map."""
+class TestSync:
+    """Tables follow the backing's allocation map: the kernel fills native memory itself, and tells nobody."""
 
     def test_whole_2_mib_become_leaves_and_the_rest_small_pages(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([pages(510, 1026)], huge=True)
+        mm.sync([pages(510, 1026)], huge=True)
         writable = PteFlag.PRESENT | PteFlag.WRITE
         assert installed(mm) == [
             (pages(510, 512), writable),
@@ -348,7 +348,7 @@ class TestSyncNative:
 
     def test_without_huge_there_are_no_leaves(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([REGION], huge=False)
+        mm.sync([REGION], huge=False)
         assert (mm.table.pages, mm.table.huge_pages) == (END, 0)
         check_mm(mm)
 
@@ -357,20 +357,20 @@ class TestSyncNative:
         ar = AddrRange.sized(BASE + PAGE_SIZE, 2 * PMD_SIZE)
         mm = HostMm(ar)
         mm.mmap(ar, ar.size, fixed=True)
-        mm.sync_native([ar], huge=True)
+        mm.sync([ar], huge=True)
         assert (mm.table.pages, mm.table.huge_pages) == (1024, 0)
         check_mm(mm)
 
     def test_what_the_backing_no_longer_holds_goes(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([pages(0, 600)], huge=True)
-        mm.sync_native([pages(5, 6), pages(9, 10)], huge=True)
+        mm.sync([pages(0, 600)], huge=True)
+        mm.sync([pages(5, 6), pages(9, 10)], huge=True)
         assert [run for run, _ in installed(mm)] == [pages(5, 6), pages(9, 10)]
         assert (mm.table.huge_pages, mm.table.tables) == (0, [1, 1, 1, 1])
 
     def test_pages_follow_the_protection_of_their_mapping(self) -> None:
         mm = mm_with((0, 2, PROT_RW), (2, 4, Prot.READ))
-        mm.sync_native([pages(0, 4)], huge=False)
+        mm.sync([pages(0, 4)], huge=False)
         assert installed(mm) == [
             (pages(0, 2), PteFlag.PRESENT | PteFlag.WRITE),
             (pages(2, 4), PteFlag.PRESENT | PteFlag.UFFD_WP),
@@ -379,18 +379,25 @@ class TestSyncNative:
 
     def test_holes_and_inaccessible_memory_hold_nothing_whatever_the_backing_says(self) -> None:
         mm = mm_with((2, 4, PROT_RW), (4, 6, Prot.NONE))
-        mm.sync_native([REGION], huge=True)
+        mm.sync([REGION], huge=True)
         assert [run for run, _ in installed(mm)] == [pages(2, 4)]
 
-    def test_paged_memory_is_left_as_its_faults_made_it(self) -> None:
+    def test_paged_memory_follows_too(self) -> None:
+        """Pages that came back from the stash are in the backing, and only there."""
         mm = mm_with((0, END, PROT_RW), paging_all=True)
         mm.fault(Fault(pages(7, 8).start, Access.WRITE))
-        mm.sync_native([pages(0, 3)], huge=True)
-        assert [run for run, _ in installed(mm)] == [pages(7, 8)]
+        mm.sync([pages(0, 3), pages(7, 8)], huge=True)
+        assert [run for run, _ in installed(mm)] == [pages(0, 3), pages(7, 8)]
+
+    def test_what_the_backing_holds_beyond_the_region_is_left_out(self) -> None:
+        mm = mm_with((0, END, PROT_RW))
+        mm.sync([AddrRange.sized(BASE - PMD_SIZE, PMD_SIZE), pages(END - 1, END + 1)], huge=True)
+        assert [run for run, _ in installed(mm)] == [pages(END - 1, END)]
+        check_mm(mm)
 
     def test_frames_count_from_the_start_of_the_region(self) -> None:
         mm = mm_with((0, END, PROT_RW))
-        mm.sync_native([pages(600, 602)], huge=False)
+        mm.sync([pages(600, 602)], huge=False)
         assert [pte.frame for _, pte in mm.table.runs(REGION)] == [600]
         assert mm.frame_at(pages(600, 601).start) == FrameNo(600)
 

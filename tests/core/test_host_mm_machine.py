@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 import pytest
@@ -44,23 +45,29 @@ def spans(draw: st.DrawFn) -> range:
 
 @attrs.define
 class Asked:
-    """What the region was asked to be: each mapped page's protection, and what was stored to it last (0: zeros)."""
+    """What the region was asked to be: each mapped page's protection, and what was stored to it last (else zeros).
 
-    prots: dict[int, Prot]
+    Protections are plain numbers here: there are a thousand pages to look at, and an enum takes its time.
+    """
+
+    prots: dict[int, int]
     contents: dict[int, int]
 
     def copy(self) -> Asked:
         return Asked(dict(self.prots), dict(self.contents))
 
     def readable(self) -> set[int]:
-        return {page for page, prot in self.prots.items() if prot & PROT_RW}
+        return {page for page, prot in self.prots.items() if prot & 3}
 
     def writable(self) -> set[int]:
-        return {page for page, prot in self.prots.items() if prot & Prot.WRITE}
+        return {page for page, prot in self.prots.items() if prot & 2}
 
     def map(self, span: Iterable[int], prot: Prot) -> None:
         self.unmap(span)
-        self.prots.update(dict.fromkeys(span, prot))
+        self.protect(span, prot)
+
+    def protect(self, span: Iterable[int], prot: Prot) -> None:
+        self.prots.update(dict.fromkeys(span, int(prot)))
 
     def unmap(self, span: Iterable[int]) -> None:
         for page in span:
@@ -76,24 +83,24 @@ class Asked:
                 found = range(page, page + count)
         return found
 
-    def runs(self) -> list[tuple[range, Prot]]:
+    def runs(self) -> list[tuple[range, int]]:
         """Mapped pages in a row with the same protection."""
-        groups = itertools.groupby(sorted(self.prots), lambda page: self.prots[page])
-        found: list[tuple[range, Prot]] = []
-        for prot, pages in groups:
-            for page in pages:
-                if found and found[-1][1] == prot and found[-1][0].stop == page:
-                    found[-1] = (range(found[-1][0].start, page + 1), prot)
-                else:
-                    found.append((range(page, page + 1), prot))
+        found: list[tuple[range, int]] = []
+        for page in sorted(self.prots):
+            if found and found[-1] == (range(found[-1][0].start, page), self.prots[page]):
+                found[-1] = (range(found[-1][0].start, page + 1), self.prots[page])
+            else:
+                found.append((range(page, page + 1), self.prots[page]))
         return found
 
 
 class Kernel:
     """One attachment's view of the region: what is armed, what memory there is, and what waits in the stash."""
 
-    def __init__(self, start: Address) -> None:
+    def __init__(self, start: Address, granule: int) -> None:
         self.start = start
+        self.granule = granule
+        """Pages that come together where the kernel fills memory itself; what the daemon fills comes alone."""
         self.missing: set[int] = set()
         """Pages whose first touch is reported."""
         self.protected: set[int] = set()
@@ -111,6 +118,18 @@ class Kernel:
     def writable(self) -> set[int]:
         """Pages that a process may store to without anybody being asked."""
         return self.readable() - self.protected
+
+    def fillable(self) -> set[int]:
+        """Pages whose first touch the kernel serves by itself, with zeros."""
+        return set(ALL - self.missing - self.memory.keys())
+
+    def granule_of(self, page: int) -> range:
+        first = page // self.granule * self.granule
+        return range(first, min(first + self.granule, SIZE))
+
+    def fill(self, page: int) -> None:
+        for neighbour in self.granule_of(page):
+            self.memory.setdefault(neighbour, 0)
 
     def carry_out(self, effect: Effect) -> None:
         match effect:
@@ -155,17 +174,21 @@ class HostMmMachine(RuleBasedStateMachine):
     """Any calls, any touches, in any order."""
 
     @initialize(
-        off=st.sampled_from([0, 3 * PAGE_SIZE]),
+        granule_and_off=st.sampled_from([(1, 0), (1, 3 * PAGE_SIZE), (512, 0)]),
         levels=st.sampled_from([4, 5]),
         paging_all=st.booleans(),
         hole_signal=st.sampled_from(Signal),
         mapped=st.booleans(),
     )
-    def create(self, off: int, levels: int, paging_all: bool, hole_signal: Signal, mapped: bool) -> None:
+    def create(
+        self, granule_and_off: tuple[int, int], levels: int, paging_all: bool, hole_signal: Signal, mapped: bool
+    ) -> None:
+        granule, off = granule_and_off
         ar = AddrRange.sized(BASE + off, SIZE * PAGE_SIZE)
-        self.mm = HostMm(ar, levels=levels, paging_all=paging_all, hole_signal=hole_signal)
+        options: dict[str, Any] = {"levels": levels, "paging_all": paging_all, "hole_signal": hole_signal}
+        self.mm = HostMm(ar, granule=granule * PAGE_SIZE, **options)
         self.asked = Asked({}, {})
-        self.kernel = Kernel(ar.start)
+        self.kernel = Kernel(ar.start, granule)
         self.unstashed: set[int] = set()
         self.tokens = itertools.count(1)
         if mapped:
@@ -227,7 +250,7 @@ class HostMmMachine(RuleBasedStateMachine):
                 self.mm.mprotect(self.ar(span), prot)
             return
         before = self.asked.copy()
-        self.asked.prots.update(dict.fromkeys(span, prot))
+        self.asked.protect(span, prot)
         self.follow(before, self.mm.mprotect(self.ar(span), prot))
 
     # The processes.
@@ -239,7 +262,7 @@ class HostMmMachine(RuleBasedStateMachine):
         prot = self.asked.prots.get(page)
         if prot is None:
             assert signal is self.mm.hole_signal
-        elif not prot & (Prot.WRITE if access is Access.WRITE else PROT_RW):
+        elif not prot & (2 if access is Access.WRITE else 3):
             assert signal is Signal.SIGSEGV
         else:
             assert signal is None
@@ -250,7 +273,8 @@ class HostMmMachine(RuleBasedStateMachine):
         for _ in range(2):
             fault = self.kernel.fault(page, access)
             if fault is None:
-                self.kernel.memory.setdefault(page, 0)
+                if page not in self.kernel.memory:
+                    self.kernel.fill(page)
                 return None
             resolution = self.mm.fault(fault)
             self.kernel.carry_out(resolution.effect)
@@ -260,10 +284,10 @@ class HostMmMachine(RuleBasedStateMachine):
         return None
 
     @rule(span=spans())
-    def fill(self, span: range) -> None:
+    def touch_unseen(self, span: range) -> None:
         """Processes touch all they can without being seen."""
-        for page in self.kernel.readable() & set(span):
-            self.kernel.memory.setdefault(page, 0)
+        for page in self.kernel.fillable() & set(span):
+            self.kernel.fill(page)
 
     @rule(page=PAGES, access=st.sampled_from(Access))
     def late_fault(self, page: int, access: Access) -> None:
@@ -272,12 +296,11 @@ class HostMmMachine(RuleBasedStateMachine):
         self.kernel.carry_out(self.mm.fault(Fault(addr, access)).effect)
 
     @rule(huge=st.booleans())
-    def sync_native(self, huge: bool) -> None:
+    def sync(self, huge: bool) -> None:
         """Somebody asks for the tables: after that they hold what the kernel holds."""
-        present = Asked(dict.fromkeys(self.kernel.memory, PROT_RW), {}).runs()
-        self.mm.sync_native((self.ar(span) for span, _ in present), huge=huge)
-        if not self.mm.paging_all:
-            assert self.installed() == self.kernel.memory.keys()
+        present = Asked(dict.fromkeys(self.kernel.memory, 0), {}).runs()
+        self.mm.sync((self.ar(span) for span, _ in present), huge=huge)
+        assert self.installed() == self.kernel.memory.keys()
 
     # What must hold.
 
@@ -299,9 +322,12 @@ class HostMmMachine(RuleBasedStateMachine):
         assert readable <= old | new
         assert self.kernel.writable() <= before.writable() | self.asked.writable()
         for page in readable & (self.kernel.memory.keys() | before.contents.keys() | self.asked.contents.keys()):
-            seen = self.kernel.memory.get(page, 0)
-            may_see = [rule.contents.get(page, 0) for rule in (before, self.asked) if page in rule.readable()]
-            assert seen in may_see
+            may_see = {before.contents.get(page, 0)} if page in old else set()
+            may_see |= {self.asked.contents.get(page, 0)} if page in new else set()
+            assert self.kernel.memory.get(page, 0) in may_see
+        for granule in {self.kernel.granule_of(page) for page in self.kernel.fillable()}:
+            assert old.issuperset(granule) or new.issuperset(granule), "a hole is filled with its neighbours"
+            assert not self.kernel.stash.keys() & granule, "zeros come before the contents are back"
 
     def installed(self) -> set[int]:
         return set().union(*(self.kernel.pages_of(run) for run, _ in self.mm.table.runs(self.mm.ar)))
@@ -312,7 +338,7 @@ class HostMmMachine(RuleBasedStateMachine):
 
     @invariant()
     def vmas_are_what_was_asked(self) -> None:
-        assert list(self.mm.vmas) == [Vma(self.ar(span), prot) for span, prot in self.asked.runs()]
+        assert list(self.mm.vmas) == [Vma(self.ar(span), Prot(prot)) for span, prot in self.asked.runs()]
 
     @invariant()
     def the_kernel_lets_in_who_may_and_nobody_else(self) -> None:
@@ -323,7 +349,9 @@ class HostMmMachine(RuleBasedStateMachine):
     @invariant()
     def the_kernel_asks_no_more_than_it_must(self) -> None:
         if not self.mm.paging_all:
-            assert not self.kernel.missing & self.asked.readable()
+            readable = self.asked.readable()
+            paged = {self.kernel.granule_of(page) for page in self.kernel.missing & readable}
+            assert not any(readable.issuperset(granule) for granule in paged)
 
     @invariant()
     def memory_holds_what_was_stored(self) -> None:
@@ -334,7 +362,7 @@ class HostMmMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_new_attachment_is_armed_like_the_old(self) -> None:
-        other = Kernel(self.mm.ar.start)
+        other = Kernel(self.mm.ar.start, self.kernel.granule)
         for ar, arming in self.mm.armings():
             other.arm(ar, arming)
         assert (other.missing, other.protected) == (self.kernel.missing, self.kernel.protected)
@@ -344,7 +372,7 @@ class HostMmMachine(RuleBasedStateMachine):
         installed = self.installed()
         assert installed <= self.kernel.memory.keys()
         if self.mm.paging_all:
-            # Pages that come back from the stash are not counted: nobody looks what it holds.
+            # Pages that come back from the stash are counted by the next sync only: nobody looks what it holds.
             assert self.kernel.memory.keys() - installed <= self.unstashed
 
 

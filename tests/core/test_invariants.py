@@ -29,7 +29,7 @@ def good_mm() -> HostMm:
     mm = HostMm(REGION)
     for first, end, prot in ((0, 1024, PROT_RW), (1024, 1100, Prot.READ), (1100, 1200, Prot.NONE)):
         mm.mmap(pages(first, end), (end - first) * PAGE_SIZE, prot, fixed=True)
-    mm.sync_native([pages(0, 512), pages(600, 1050)], huge=True)
+    mm.sync([pages(0, 512), pages(600, 1050)], huge=True)
     return mm
 
 

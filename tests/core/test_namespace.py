@@ -133,6 +133,14 @@ class TestCreate:
         assert mm.paging_all
         assert mm.hole_signal is Signal.SIGSEGV
 
+    @pytest.mark.parametrize(
+        ("backing", "granule"),
+        [(BackingKind.SMALL, PAGE_SIZE), (BackingKind.THP, PMD_SIZE), (BackingKind.HUGETLB, PMD_SIZE)],
+    )
+    def test_its_backing_decides_what_comes_at_one_fault(self, backing: BackingKind, granule: int) -> None:
+        region = namespace().create("a", None, PMD_SIZE, 0o600, backing, ANN)
+        assert (region.backing, region.mm.granule) == (backing, granule)
+
     def test_numbers_are_never_given_twice(self) -> None:
         ns = namespace()
         numbers = []

@@ -1,0 +1,103 @@
+"""Telling forked children apart.
+
+The kernel reports a fork by the child's userfaultfd, before the child has a pid, and never says whose address space
+that is. So each such address space is marked, and /proc is searched for the marks. Every window has an anchor: pages
+that nobody touches, of which the first is registered with the window's userfaultfd. Registering some of the following
+ones too, for a moment, makes one mapping of them all in that address space only; its length is the mark, a different
+one for each child of a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import trio
+
+from mshared import processes
+from mshared.live import LiveAttachment
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.protocol import ANCHOR_PAGES
+
+_FIRST_LOOK: Final = 0.005
+_LAST_LOOK: Final = 0.5
+"""Seconds until children are looked for: after a fork, and at most, when they are hard to find."""
+
+
+class Forks:
+    """Children whose pid is not known yet. ``found`` is called with each that is, and its pid."""
+
+    def __init__(self, found: Callable[[LiveAttachment, int], None]) -> None:
+        self._found = found
+        self._children: list[LiveAttachment] = []
+        self._news = trio.Event()
+
+    def add(self, child: LiveAttachment) -> None:
+        """Look for this one soon."""
+        with contextlib.suppress(OSError):
+            child.uffd.unmark(_marks(child, ANCHOR_PAGES - 1))  # Its parent may have been marked when it forked.
+        self._children.append(child)
+        self._news.set()
+
+    def discard(self, child: LiveAttachment) -> None:
+        """Look for it no longer."""
+        if child in self._children:
+            self._children.remove(child)
+
+    async def run(self) -> None:
+        """Look for children soon after their fork, and ever more seldom for those not found."""
+        while True:
+            await self._news.wait()
+            delay = _FIRST_LOOK
+            while self._children:
+                self._news = trio.Event()
+                await trio.sleep(delay)
+                self.look(everywhere=delay >= _LAST_LOOK)
+                delay = _FIRST_LOOK if self._news.is_set() else min(2 * delay, _LAST_LOOK)
+            self._news = trio.Event()
+
+    def look(self, *, everywhere: bool = False) -> None:
+        """Look once, among the children of their parents; ``everywhere``: also among those with another parent now."""
+        parents = {child.parent_pid for child in self._children}
+        if everywhere or None in parents:
+            self.look_among(processes.all_pids())
+        else:
+            self.look_among(pid for parent in parents if parent for pid in processes.children_of(parent))
+
+    def look_among(self, pids: Iterable[int]) -> None:
+        """Look once among certain processes."""
+        children = list(self._children)
+        marked: dict[tuple[Address, int], LiveAttachment] = {}
+        try:
+            for child in children:
+                _mark(child, marked)
+            for pid in pids:
+                if all(pid in child.region.model.pids for child in children):
+                    continue
+                sizes = processes.mapping_sizes(pid, {anchor for anchor, _ in marked})
+                for key in sizes.items():
+                    if key in marked:
+                        self._identified(marked.pop(key), pid)
+        finally:
+            for child in children:
+                with contextlib.suppress(OSError):
+                    child.uffd.unmark(_marks(child, ANCHOR_PAGES - 1))
+
+    def _identified(self, child: LiveAttachment, pid: int) -> None:
+        self.discard(child)
+        self._found(child, pid)
+
+
+def _marks(child: LiveAttachment, count: int) -> AddrRange:
+    """The first ``count`` pages of the anchor after the one that is always registered."""
+    return AddrRange.sized(child.anchor + PAGE_SIZE, count * PAGE_SIZE)
+
+
+def _mark(child: LiveAttachment, marked: dict[tuple[Address, int], LiveAttachment]) -> None:
+    """Mark a child by a length that no other with an anchor at the same address has; note it in ``marked``."""
+    count = 1 + sum(anchor == child.anchor for anchor, _ in marked)
+    if count < ANCHOR_PAGES:
+        with contextlib.suppress(OSError):  # Gone, which the sweeper sees.
+            child.uffd.mark(_marks(child, count))
+            marked[child.anchor, (count + 1) * PAGE_SIZE] = child

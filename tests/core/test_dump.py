@@ -1,0 +1,231 @@
+"""What people and programs read about a region, letter by letter."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from msharefs import dump, protocol
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
+from msharefs.dump import KernelFacts
+from msharefs.effects import Arm
+from msharefs.host_mm import HostMm
+from msharefs.perms import PROT_RW, Ownership, Prot
+from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
+from msharefs.vma import Arming
+
+BASE = 32 << 40
+SIZE = 4 * PMD_SIZE
+
+
+def pages(first: int, end: int) -> AddrRange:
+    return AddrRange.sized(BASE + first * PAGE_SIZE, (end - first) * PAGE_SIZE)
+
+
+def region(*, backing: BackingKind = BackingKind.THP, paging_all: bool = False) -> Region:
+    """Read-write below, then read-only, then inaccessible, then a hole; a 2 MiB leaf and three pages installed."""
+    mm = HostMm(AddrRange.sized(BASE, SIZE), paging_all=paging_all)
+    for first, end, prot in ((0, 1024, PROT_RW), (1024, 1030, Prot.READ), (1030, 1040, Prot.NONE)):
+        mm.mmap(pages(first, end), (end - first) * PAGE_SIZE, prot, fixed=True)
+    mm.sync([pages(0, 512), pages(600, 602), pages(1024, 1025)], huge=True)
+    return Region(RegionId(1), "db", Ownership(10, 20, 0o640), backing, mm)
+
+
+def attach(to: Region, *pids: int | None) -> None:
+    for number, pid in enumerate(pids, 1):
+        to.attachments[AttachmentId(number)] = Attachment(AttachmentId(number), pid, to.ar, readonly=False)
+
+
+FACTS = KernelFacts(resident=PMD_SIZE, page_tables=12345, huge=PMD_SIZE, notes=("beware",))
+
+
+def test_the_name_of_a_region_comes_with_what_the_directory_shows() -> None:
+    shown = region()
+    attach(shown, 100, 100, None)
+    assert dump.region_name(shown) == protocol.RegionName(
+        name="db", address=BASE, size=SIZE, backing="thp", uid=10, gid=20, mode=0o640, attached=2
+    )
+
+
+def test_stat_counts_tables_once_and_for_each_process() -> None:
+    shown = region()
+    attach(shown, 100, 200)
+    shown.faults = 7
+    assert dump.region_stat(shown, FACTS) == protocol.RegionStat(
+        name="db",
+        address=BASE,
+        size=SIZE,
+        backing="thp",
+        uid=10,
+        gid=20,
+        mode=0o640,
+        attached=2,
+        resident=PMD_SIZE,
+        faults=7,
+        vmas=3,
+        tables={"pgd": 1, "pud": 1, "pmd": 1, "pte": 2},
+        table_bytes_private=2 * 5 * PAGE_SIZE,
+        table_bytes_shared=5 * PAGE_SIZE,
+        table_bytes_kernel=12345,
+        tables_shared=False,
+        huge_bytes=PMD_SIZE,
+        notes=("beware", "page tables are per process: the kernel does not share those of thp memory"),
+    )
+
+
+def test_what_is_told_of_a_region_arrives_at_the_client() -> None:
+    stat = dump.region_stat(region(), FACTS)
+    listing = protocol.Listing((dump.region_name(region()),))
+    maps = protocol.Maps(dump.vmas(region()))
+    for message in (stat, listing, maps):
+        assert protocol.decode(protocol.encode(message))[0] == message
+
+
+def test_vmas_are_told_by_offset_with_what_is_resident_of_each() -> None:
+    assert dump.vmas(region()) == (
+        protocol.Vma(0, 1024 * PAGE_SIZE, 3, paged=False, resident=514 * PAGE_SIZE),
+        protocol.Vma(1024 * PAGE_SIZE, 6 * PAGE_SIZE, 1, paged=False, resident=PAGE_SIZE),
+        protocol.Vma(1030 * PAGE_SIZE, 10 * PAGE_SIZE, 0, paged=True, resident=0),
+    )
+
+
+def test_with_paging_all_every_vma_is_paged() -> None:
+    assert all(vma.paged for vma in dump.vmas(region(paging_all=True)))
+
+
+def test_a_vma_beside_a_hole_is_not_paged_for_that() -> None:
+    mm = HostMm(AddrRange.sized(BASE, SIZE))
+    assert mm.mmap(pages(1, 2), PAGE_SIZE, fixed=True)[1] == [Arm(pages(1, 2), Arming.NATIVE)]
+    shown = Region(RegionId(1), "db", Ownership(0, 0, 0), BackingKind.THP, mm)
+    assert [vma.paged for vma in dump.vmas(shown)] == [False]
+
+
+def test_the_region_file_goes_on_for_people() -> None:
+    assert dump.region_file(region()) == "\nstart 0x200000000000\nsize 0x800000 (8388608 bytes, 8 MiB)\n"
+
+
+def test_maps_looks_like_proc_maps() -> None:
+    assert dump.maps_text(region()) == (
+        "200000000000-200000400000 rw-s 000000000000 [anon]\n"
+        "200000400000-200000406000 r--s 000000400000 [anon]\n"
+        "200000406000-200000410000 ---s 000000406000 [anon]\n"
+    )
+
+
+def test_smaps_has_sizes_below_each_line() -> None:
+    assert dump.smaps_text(region()) == (
+        "200000000000-200000400000 rw-s 000000000000 [anon]\n"
+        "Size:               4096 kB\n"
+        "Resident:           2056 kB\n"
+        "HugeLeaves:         2048 kB\n"
+        "Faults:           native\n"
+        "200000400000-200000406000 r--s 000000400000 [anon]\n"
+        "Size:                 24 kB\n"
+        "Resident:              4 kB\n"
+        "HugeLeaves:            0 kB\n"
+        "Faults:           native\n"
+        "200000406000-200000410000 ---s 000000406000 [anon]\n"
+        "Size:                 40 kB\n"
+        "Resident:              0 kB\n"
+        "HugeLeaves:            0 kB\n"
+        "Faults:            paged\n"
+    )
+
+
+def test_pagetables_counts_levels_from_the_top_and_what_they_cost() -> None:
+    shown = region()
+    attach(shown, 100, 200, 300)
+    assert dump.pagetables_text(shown) == (
+        "level    tables  bytes an entry\n"
+        "pgd           1         512 GiB\n"
+        "pud           1           1 GiB\n"
+        "pmd           1           2 MiB\n"
+        "pte           2           4 KiB\n"
+        "pages 3 of 4 kB\n"
+        "leaves 1 of 2048 kB\n"
+        "one set 20 kB\n"
+        "a set for each of 3 processes 60 kB\n"
+        "shared by the kernel: no (thp tables are per process)\n"
+    )
+
+
+def test_attachments_tell_access_window_and_origin() -> None:
+    ar = AddrRange.sized(BASE, SIZE)
+    parent = Attachment(AttachmentId(1), 100, ar, readonly=False)
+    child = Attachment(AttachmentId(2), 200, ar, readonly=True, forked_from=parent.id)
+    unknown = Attachment(AttachmentId(3), None, ar.moved(SIZE), readonly=False, forked_from=child.id)
+    orphan = Attachment(AttachmentId(4), 400, ar, readonly=False, forked_from=AttachmentId(99))
+    grandchild = Attachment(AttachmentId(5), 500, ar, readonly=False, forked_from=unknown.id)
+    assert dump.attachments_text([parent, child, unknown, orphan, grandchild]) == (
+        "100 rw 200000000000-200000800000\n"
+        "200 ro 200000000000-200000800000 forked-from 100\n"
+        "? rw 200000800000-200001000000 forked-from 200\n"
+        "400 rw 200000000000-200000800000\n"
+        "500 rw 200000000000-200000800000\n"
+    )
+
+
+def test_an_empty_region_has_empty_texts() -> None:
+    shown = Region(RegionId(1), "a", Ownership(0, 0, 0), BackingKind.SMALL, HostMm(AddrRange.sized(BASE, SIZE)))
+    assert dump.maps_text(shown) == dump.smaps_text(shown) == dump.attachments_text([]) == ""
+    assert dump.vmas(shown) == ()
+
+
+def test_stat_has_a_line_for_each_field() -> None:
+    shown = region()
+    attach(shown, 100)
+    assert dump.stat_text(dump.region_stat(shown, FACTS)) == (
+        "name db\n"
+        "address 0x200000000000\n"
+        "size 8388608\n"
+        "backing thp\n"
+        "uid 10\n"
+        "gid 20\n"
+        "mode 0640\n"
+        "attached 1\n"
+        "resident 2097152\n"
+        "faults 0\n"
+        "vmas 3\n"
+        "tables pgd=1 pud=1 pmd=1 pte=2\n"
+        "table_bytes_private 20480\n"
+        "table_bytes_shared 20480\n"
+        "table_bytes_kernel 12345\n"
+        "tables_shared false\n"
+        "huge_bytes 2097152\n"
+        "note beware\n"
+        "note page tables are per process: the kernel does not share those of thp memory\n"
+    )
+
+
+def test_metrics_are_those_of_all_regions_by_metric() -> None:
+    one = dump.region_stat(region(), FACTS)
+    other = attrs.evolve(one, name="b", size=PAGE_SIZE, faults=9)
+    lines = dump.metrics_text([one, other]).splitlines()
+    assert lines[:5] == [
+        "# TYPE msharefs_regions gauge",
+        "msharefs_regions 2",
+        "# TYPE msharefs_region_size_bytes gauge",
+        'msharefs_region_size_bytes{region="db"} 8388608',
+        'msharefs_region_size_bytes{region="b"} 4096',
+    ]
+    assert "# TYPE msharefs_region_faults_total counter" in lines
+    assert 'msharefs_region_faults_total{region="b"} 9' in lines
+    assert len(lines) == 2 + 6 * 3
+
+
+def test_metrics_without_regions_are_well_formed() -> None:
+    text = dump.metrics_text([])
+    assert text.startswith("# TYPE msharefs_regions gauge\nmsharefs_regions 0\n")
+    assert text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [('quo"te', r"quo\"te"), ("back\\slash", r"back\\slash"), ("new\nline", r"new\nline"), ("caf\udce9", "caf\ufffd")],
+    ids=ascii,
+)
+def test_labels_are_escaped_and_always_utf_8(name: str, label: str) -> None:
+    stat = attrs.evolve(dump.region_stat(region(), FACTS), name=name)
+    text = dump.metrics_text([stat])
+    assert f'msharefs_region_vmas{{region="{label}"}} 3\n' in text
+    assert text.encode()
