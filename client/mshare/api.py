@@ -52,6 +52,7 @@ def mshare(
     """
     text = _checked_name(name)
     _check_flags(oflags)
+    _check_words(addr or 0, length)
     link = connect(find_mount(mount))
     for _ in range(_TRIES):
         region = None
@@ -217,3 +218,9 @@ def _check_flags(oflags: int) -> None:
         raise OSError(
             errno.EINVAL, "a region is opened O_RDONLY or O_RDWR: memory that can only be written has no meaning"
         )
+
+
+def _check_words(*numbers: int) -> None:
+    for number in numbers:
+        if not 0 <= number < 1 << 64:
+            raise OSError(errno.EINVAL, f"{number:#x} is neither an address nor a length of this machine")

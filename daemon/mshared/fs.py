@@ -24,7 +24,7 @@ import pyfuse3
 from mshared.service import INODES_A_REGION, Service
 from msharefs import dump
 from msharefs.errors import MshareError
-from msharefs.namespace import INFO_NAME
+from msharefs.namespace import INFO_NAME, NAME_MAX
 from msharefs.perms import Ownership
 from msharefs.region import Region, RegionId
 
@@ -88,6 +88,8 @@ class MshareFs(pyfuse3.Operations):
     @_guarded
     async def lookup(self, parent: int, name: bytes, ctx: object = None) -> pyfuse3.EntryAttributes:  # noqa: ARG002
         """Find a name in one of the directories."""
+        if len(name) > NAME_MAX:
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         return self._attributes(self._find(parent, os.fsdecode(name)))
 
     @_guarded
@@ -120,7 +122,7 @@ class MshareFs(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:  # noqa: ARG002
         """Open a file: for a region the kernel has checked its mode, and the descriptor is the ticket."""
         region, part = self._region_of(inode)
-        if flags & os.O_ACCMODE != os.O_RDONLY and (region is None or part):
+        if flags & os.O_TRUNC or (flags & os.O_ACCMODE != os.O_RDONLY and (region is None or part)):
             raise pyfuse3.FUSEError(errno.EPERM)
         return pyfuse3.FileInfo(fh=self._keep(Opened(await self._content(inode))), direct_io=True)
 
@@ -170,7 +172,7 @@ class MshareFs(pyfuse3.Operations):
         limit = self._service.namespace.policy.limits.max_regions or 1 << 20
         data.f_files = limit
         data.f_ffree = data.f_favail = max(0, limit - len(self._service.namespace.all()))
-        data.f_namemax = 255
+        data.f_namemax = NAME_MAX
         return data
 
     @_guarded

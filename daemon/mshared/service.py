@@ -27,7 +27,7 @@ from msharefs.errors import (
     NotPermittedError,
     ProtocolError,
 )
-from msharefs.namespace import Namespace
+from msharefs.namespace import Namespace, check_window
 from msharefs.perms import Credentials, Prot
 from msharefs.region import BackingKind, Region, RegionId
 
@@ -122,6 +122,7 @@ class Service:
         self.lifetimes.sweep(self.lifetimes.of_process(live.model, caller.pid))
         readonly = not ticket.writable
         addr = live.model.ar.start if request.addr is None else request.addr
+        check_window(live.model, addr)
         return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
     def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int) -> Answer:
