@@ -57,6 +57,12 @@ class NotPermittedError(MshareError):
     errno = errno.EPERM
 
 
+class TryAgainError(MshareError):
+    """Not yet: somebody else is still at it."""
+
+    errno = errno.EAGAIN
+
+
 class NoMemoryError(MshareError):
     """No free range of addresses, or no memory, for what was asked."""
 

@@ -37,7 +37,8 @@ def parse_mountinfo(text: str) -> Iterator[Mount]:
 
 def msharefs_mounts(text: str) -> list[Mount]:
     """Those that are msharefs mounts, in order."""
-    return [mount for mount in parse_mountinfo(text) if mount.fstype == FSTYPE]
+    likely = "\n".join(line for line in text.split("\n") if f" - {FSTYPE} " in line)
+    return [mount for mount in parse_mountinfo(likely) if mount.fstype == FSTYPE]
 
 
 def _unescape(field: str) -> str:

@@ -13,7 +13,7 @@ from mshare import syscalls as sc
 from mshare.connection import Connection, connect, reply_of
 from mshare.discovery import find_mount, read_info
 from mshare.donation import Donation
-from mshare.region import Region, attached_as, close_windows
+from mshare.region import Region, attached_as, check_no_window, close_windows
 from mshare.window import RangeInUseError, Window
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE
@@ -54,15 +54,17 @@ def mshare(
     _check_flags(oflags)
     _check_words(addr or 0, length)
     link = connect(find_mount(mount))
-    for _ in range(_TRIES):
+    tries = 0
+    while tries < _TRIES:
         region = None
         if oflags & os.O_CREAT:
             region = _create(link, text, addr, length, oflags, mode, backing, empty=empty)
-        if region is None:
-            with contextlib.suppress(_Vanished):
-                region = _attach(link, text, addr, length, oflags)
-        if region is not None:
-            return region
+        try:
+            return region or _attach(link, text, addr, length, oflags)
+        except _Vanished:
+            tries += 1
+        except BlockingIOError:
+            continue  # Its creator is at work; the daemon has made us wait already.
     raise OSError(errno.EAGAIN, f"region {text!r} comes and goes, or no address stays free; try again")
 
 
@@ -107,6 +109,7 @@ def _create(
     """Create a region, or None: one exists already and may be attached to, or another address must be tried."""
     donation = None
     if addr is not None and length > 0 and not (addr | length) % PAGE_SIZE:
+        check_no_window(addr, addr + length)
         donation = Donation.of(addr, length)
     request = protocol.Create(
         name=name,

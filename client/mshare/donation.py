@@ -75,7 +75,7 @@ class Donation:
         """
         runs = {part: _to_copy(part) for part in self.parts}
         for start, end in itertools.chain.from_iterable(runs.values()):
-            os.posix_fallocate(backing, start - self.start, end - start)
+            _fallocate(backing, start - self.start, end - start)
         self._fill_gaps(backing)
         uffd = sc.userfaultfd(device)
         try:
@@ -149,6 +149,15 @@ def _is_special(mapping: Mapping) -> bool:
     if mapping.path.startswith(("/dev/shm/", "/dev/zero")):  # noqa: S108 - a name to compare with
         return False
     return mapping.path in _SPECIAL or mapping.path.startswith(("/dev/", "/anon_hugepage"))
+
+
+def _fallocate(backing: int, offset: int, length: int) -> None:
+    """Have the memory for the copy before anything is changed."""
+    try:
+        os.posix_fallocate(backing, offset, length)
+    except OSError as error:
+        text = f"no memory for the region's copy of {length} donated bytes; free some, or raise mshared --max-bytes"
+        raise OSError(error.errno, text) from error
 
 
 def _to_copy(part: Mapping) -> list[tuple[int, int]]:

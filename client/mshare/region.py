@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from pathlib import Path
@@ -160,6 +161,14 @@ def attached_as(mount: Path, inode: int) -> list[Region]:
     """This process's windows on the region with that inode."""
     with _attached_lock:
         return [region for region in _attached if region.shows(mount, inode)]
+
+
+def check_no_window(start: int, end: int) -> None:
+    """Refuse to donate what is another region's already. Raises OSError EINVAL."""
+    with _attached_lock:
+        windows = [region for region in _attached if region.address < end and start < region.address + region.size]
+    if windows:
+        raise OSError(errno.EINVAL, f"the range holds a window of region {windows[0].name!r}; detach it first")
 
 
 def close_windows(regions: list[Region]) -> None:

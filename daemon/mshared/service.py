@@ -26,6 +26,7 @@ from msharefs.errors import (
     NotFoundError,
     NotPermittedError,
     ProtocolError,
+    TryAgainError,
 )
 from msharefs.namespace import Namespace, check_window
 from msharefs.perms import Credentials, Prot
@@ -34,6 +35,11 @@ from msharefs.region import BackingKind, Region, RegionId
 INODES_A_REGION = 16
 """Inode numbers of a region: its file has number x region id, its info files follow. Never given twice."""
 _PIDS_FOR_HUGE = 4
+_CREATOR_PATIENCE = 0.05
+"""Seconds an attach waits for the region's creator before the client is asked to come again.
+
+Not longer: the creator may be another thread of that client, and speaks on the same connection.
+"""
 
 
 @attrs.frozen
@@ -111,7 +117,7 @@ class Service:
     async def attach(
         self, caller: Caller, request: protocol.Attach, ticket_fd: int, device: tuple[int, int]
     ) -> tuple[Answer, Pending]:
-        """Offer an existing region to whoever could open its file. Waits while its creator is still at work."""
+        """Offer an existing region to whoever could open its file. Waits a little while its creator is at work."""
         ticket = read_ticket(ticket_fd, device)
         live = await self._settled(self._by_ticket(ticket))
         size = live.model.ar.size
@@ -233,7 +239,10 @@ class Service:
         return self.lifetimes.region(region)
 
     async def _settled(self, live: LiveRegion) -> LiveRegion:
-        await live.settled.wait()
+        with trio.move_on_after(_CREATOR_PATIENCE):
+            await live.settled.wait()
+        if not live.settled.is_set():
+            raise TryAgainError(f"region {live.model.name!r} is still being made; try again")
         if self.namespace.get(live.model.id) is None:
             raise NotFoundError("the region is gone: its creator did not finish; create it anew")
         return live

@@ -268,6 +268,26 @@ def test_several_threads_may_use_one_region(creator: Client) -> None:
     assert creator.ask("(errors, r.stat().attached, list(r.buf[:8]))") == [[], 1, [19] * 8]
 
 
+def test_threads_that_create_at_once_share_one(client: Callable[..., Client], name: str) -> None:
+    c = client()
+    c.do(f"""
+        got = []
+        def work(n):
+            got.append(mshare.mshare({name!r}, 0x6000_0000_0000 + n * 2 * MIB, 2 * MIB, os.O_CREAT | os.O_RDWR))
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        got[0].buf[0] = 3
+        """)
+    assert c.ask("[r.buf[0] for r in got]") == [3] * 8
+
+
+def test_a_window_cannot_be_donated(creator: Client, name: str) -> None:
+    error = creator.error_of(f"mshare.mshare({name!r} + '-2', r.address, 2 * MIB, CREATE)")
+    assert (error.errno, name in error.text) == (errno.EINVAL, True)
+    creator.do("r.buf[0] = 1")
+
+
 def test_no_mount_is_a_clear_error(directory: Path) -> None:
     c = Client(directory)
     try:
