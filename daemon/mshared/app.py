@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """Once one has come, more change nothing: what was taken from the machine is given back to the end."""
+_LOCK: Final = "lock"
 _MOUNT_PATIENCE: Final = 3.0
 """Seconds a mount that stands at our place may take to show that somebody serves it."""
 
@@ -84,7 +85,7 @@ def run(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_directory(config.state_dir.parent))
         stack.enter_context(_directory(config.state_dir))
-        stack.enter_context(_lock(config.state_dir / "lock", config.mount))
+        stack.enter_context(_lock(config.state_dir / _LOCK, config.mount))
         stack.enter_context(_directory(config.mount, keep=True))
         _clear_stale(config)
         store = stack.enter_context(_store(config))
@@ -101,7 +102,7 @@ def run(config: Config) -> None:
             lifetimes,
             store,
             default_backing=_default_backing(config, store),
-            notes=notes,
+            notes=notes + store.notes,
         )
         listener = stack.enter_context(_listener(config.state_dir / "socket"))
         stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount))
@@ -214,7 +215,10 @@ def _userfaultfd() -> tuple[int | None, abi.Feature, tuple[str, ...]]:
 @contextlib.contextmanager
 def _store(config: Config) -> Iterator[BackingStore]:
     limit = config.policy.limits.max_bytes
-    store: BackingStore = TmpfsStore(config.state_dir, limit) if os.geteuid() == 0 else MemfdStore()
+    try:
+        store: BackingStore = TmpfsStore(config.state_dir, limit) if os.geteuid() == 0 else MemfdStore()
+    except OSError as error:
+        raise StartError(f"cannot mount a tmpfs in {config.state_dir}: {error.strerror}") from error
     try:
         yield store
     finally:
@@ -251,7 +255,7 @@ def _directory(path: Path, *, keep: bool = False) -> Iterator[None]:
         path.mkdir(mode=0o755, parents=keep)
         made = True
     except FileExistsError:
-        made = False
+        made = (path / _LOCK).exists()  # Left by a daemon of ours that was killed.
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise StartError(f"cannot make {path}: {error.strerror}") from error

@@ -64,9 +64,10 @@ class Backing:
 
 
 class BackingStore:
-    """Makes backings. ``kinds`` says which, the first being the default; ``free_bytes`` what they may still take."""
+    """Makes backings. ``kinds`` says which, the first being the default; ``notes`` what is less than it should be."""
 
     kinds: tuple[BackingKind, ...]
+    notes: tuple[str, ...] = ()
 
     def create(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
         """A sparse file of ``size`` bytes. Raises NotSupportedError for a kind that is not here."""
@@ -99,23 +100,25 @@ class BackingStore:
 class TmpfsStore(BackingStore):
     """Named files on two tmpfs mounts below ``root``, for a daemon run by root."""
 
-    kinds = (BackingKind.THP, BackingKind.SMALL)
-
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
         self._landlock = landlock.is_available()
-        size = "90%" if max_bytes is None else str(max_bytes)
+        size = f"size={'90%' if max_bytes is None else max_bytes}"
         if not self._landlock:
-            log.warning("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
-        for kind, huge in ((BackingKind.THP, "always"), (BackingKind.SMALL, "never")):
-            (root / kind).mkdir(mode=0o700, exist_ok=True)
-            mounts.mount_tmpfs(root / kind, f"size={size},huge={huge}")
-            self._readonly[kind] = mounts.readonly_copy(root / kind)
+            self._note("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
+        try:
+            self._mount(BackingKind.THP, f"{size},huge=always")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._note("this kernel has no huge pages for tmpfs: the default backing is 4k")
+        self._mount(BackingKind.SMALL, size)
+        self.kinds = tuple(self._readonly)
 
     def capacity(self) -> tuple[int, int]:
-        """As the huge mount tells."""
-        fs = os.statvfs(self._root / BackingKind.THP)
+        """As the mount of the default kind tells."""
+        fs = os.statvfs(self._root / self.kinds[0])
         return fs.f_blocks * fs.f_frsize, fs.f_bavail * fs.f_frsize
 
     def close(self) -> None:
@@ -125,6 +128,21 @@ class TmpfsStore(BackingStore):
                 os.close(tree)
             mounts.unmount(self._root / kind)
             (self._root / kind).rmdir()
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.notes += (text,)
+
+    def _mount(self, kind: BackingKind, options: str) -> None:
+        """Mount one tmpfs. Raises OSError with nothing left."""
+        place = self._root / kind
+        place.mkdir(mode=0o700, exist_ok=True)
+        try:
+            mounts.mount_tmpfs(place, options)
+        except OSError:
+            place.rmdir()
+            raise
+        self._readonly[kind] = mounts.readonly_copy(place)
 
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
         path = self._root / kind / str(region)

@@ -21,8 +21,9 @@ from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.protocol import ANCHOR_PAGES
 
 _FIRST_LOOK: Final = 0.005
-_LAST_LOOK: Final = 0.5
-"""Seconds until children are looked for: after a fork, and at most, when they are hard to find."""
+_WIDE_LOOK: Final = 0.5
+_LAST_LOOK: Final = 8.0
+"""Seconds until children are looked for: after a fork, among all processes, and at most."""
 
 
 class Forks:
@@ -53,7 +54,7 @@ class Forks:
             while self._children:
                 self._news = trio.Event()
                 await trio.sleep(delay)
-                self.look(everywhere=delay >= _LAST_LOOK)
+                self.look(everywhere=delay >= _WIDE_LOOK)
                 delay = _FIRST_LOOK if self._news.is_set() else min(2 * delay, _LAST_LOOK)
             self._news = trio.Event()
 
@@ -72,8 +73,9 @@ class Forks:
         try:
             for child in children:
                 _mark(child, marked)
+            known = {(a.model.pid, a.anchor) for child in children for a in child.region.attachments}
             for pid in pids:
-                if all(pid in child.region.model.pids for child in children):
+                if all((pid, child.anchor) in known for child in children):
                     continue
                 sizes = processes.mapping_sizes(pid, {anchor for anchor, _ in marked})
                 for key in sizes.items():

@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -84,6 +85,7 @@ class MshareFs(pyfuse3.Operations):
         self._info = info.encode()
         self._open: dict[int, Opened] = {}
         self._handles = itertools.count(1)
+        self._started_ns = time.time_ns()
 
     @_guarded
     async def lookup(self, parent: int, name: bytes, ctx: object = None) -> pyfuse3.EntryAttributes:  # noqa: ARG002
@@ -290,6 +292,7 @@ class MshareFs(pyfuse3.Operations):
         entry.st_uid, entry.st_gid = owner.uid, owner.gid
         entry.st_nlink = 2 if directory else 1
         entry.st_size = self._size(inode, region, part)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._time_of(region)
         entry.entry_timeout = entry.attr_timeout = 0
         return entry
 
@@ -303,6 +306,9 @@ class MshareFs(pyfuse3.Operations):
         readable = region.owner.mode & 0o444
         mode = readable | readable >> 2 if part == _PART_DIRECTORY else readable
         return Ownership(region.owner.uid, region.owner.gid, mode)
+
+    def _time_of(self, region: Region | None) -> int:
+        return self._started_ns if region is None else self._service.lifetimes.region(region).created_ns
 
     def _size(self, inode: int, region: Region | None, part: int) -> int:
         """Bytes of a file whose text is at hand; 0, as in /proc, for those made when they are opened."""

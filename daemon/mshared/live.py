@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import attrs
 import trio
@@ -31,13 +32,17 @@ class LiveAttachment:
 
 @attrs.define(eq=False)
 class LiveRegion:
-    """A region and its files. ``settled`` is set once its creator is attached, or has failed."""
+    """A region and its files. ``settled`` is set once its creator is attached, or has failed.
+
+    ``created_ns`` is the wall clock's time, for people.
+    """
 
     model: Region
     backing: Backing
     uffd_device: int | None
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
+    created_ns: int = attrs.Factory(time.time_ns)
     _stash: int | None = None
     _filler: Filler | None = None
 

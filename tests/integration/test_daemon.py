@@ -94,6 +94,7 @@ def test_a_stale_mount_is_replaced(start_daemon: Callable[..., Daemon], client: 
         again.stderr.read()
     assert again.returncode == 0
     assert mounts_below(dead.directory) == []
+    assert not dead.state.exists()
     assert attached.ask("r.buf[0]") == 5
 
 
