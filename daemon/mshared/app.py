@@ -84,9 +84,9 @@ def run(config: Config) -> None:
         signal.signal(number, lambda number, _: early.append(number))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_directory(config.state_dir.parent))
-        stack.enter_context(_directory(config.state_dir))
+        stack.enter_context(_directory(config.state_dir, ours=True))
         stack.enter_context(_lock(config.state_dir / _LOCK, config.mount))
-        stack.enter_context(_directory(config.mount, keep=True))
+        stack.enter_context(_directory(config.mount))
         _clear_stale(config)
         store = stack.enter_context(_store(config))
         device, features, notes = _userfaultfd()
@@ -249,13 +249,13 @@ def _mounted(tree: fs.MshareFs, mount: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _directory(path: Path, *, keep: bool = False) -> Iterator[None]:
-    """Have a directory; one that we made goes with us, if it is empty then. ``keep``: its mode is somebody else's."""
+def _directory(path: Path, *, ours: bool = False) -> Iterator[None]:
+    """Have a directory; one that we made goes with us, if it is empty then. ``ours``: it is for our files alone."""
     try:
-        path.mkdir(mode=0o755, parents=keep)
+        path.mkdir(mode=0o755, parents=True)
         made = True
     except FileExistsError:
-        made = (path / _LOCK).exists()  # Left by a daemon of ours that was killed.
+        made = ours and (path / _LOCK).exists()  # Left by a daemon that was killed.
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise StartError(f"cannot make {path}: {error.strerror}") from error
