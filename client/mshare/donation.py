@@ -26,7 +26,10 @@ from mshare.syscalls import Mapping, Step
 from msharefs import uffd_abi as abi
 from msharefs.protocol import DonatedRange
 
+_MAYMOVE_FIXED: Final = 1 | 2
 _MAYMOVE_FIXED_DONTUNMAP: Final = 1 | 2 | 4
+_MREMAP_DONE: Final = 2
+"""Steps after which private memory stands at its scratch address."""
 _MOST_AT_ONCE: Final = 1 << 30
 _SPECIAL: Final = ("[stack]", "[heap]", "[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 
@@ -107,22 +110,22 @@ class Donation:
         """Hand one mapping over. From arming to waking not one bytecode is executed."""
         length = part.end - part.start
         scratch = sc.mmap(None, length, sc.PROT_NONE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_NORESERVE)
-        try:
-            steps = self._steps(part, runs, backing, uffd, scratch)
-            with _collector_off():
-                done = sc.run_unswitched(steps)
-            if done < len(steps):
-                error = sc.errno_error("donating")
-                _put_back(part, scratch)
+        steps = self._steps(part, runs, backing, uffd, scratch)
+        with _collector_off():
+            done = sc.run_unswitched(steps)
+            error = sc.errno_error("donating")
+            if _is_moved_away(part) and _MREMAP_DONE <= done < len(steps) - 1:
+                back = Step(part.start, sc.SYS_MREMAP, (scratch, length, length, _MAYMOVE_FIXED, part.start))
+                sc.run_unswitched([back])  # Nothing is left at scratch then.
                 raise error
-        finally:
-            sc.munmap(scratch, length)
+        sc.munmap(scratch, length)
+        if done < len(steps):
+            raise error
 
     def _steps(self, part: Mapping, runs: list[tuple[int, int]], backing: int, uffd: int, scratch: int) -> list[Step]:
         length = part.end - part.start
-        private = not part.inode and not part.shared
-        source = scratch if private else part.start
-        if private:
+        source = scratch if _is_moved_away(part) else part.start
+        if _is_moved_away(part):
             steps = [
                 _uffd_step(
                     uffd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT, part.start, length, int(abi.Mode.MISSING), 0
@@ -151,6 +154,11 @@ def _is_special(mapping: Mapping) -> bool:
     return mapping.path in _SPECIAL or mapping.path.startswith(("/dev/", "/anon_hugepage"))
 
 
+def _is_moved_away(part: Mapping) -> bool:
+    """Whether it is private anonymous memory, which mremap(2) can move and userfaultfd can report as missing."""
+    return not part.inode and not part.shared
+
+
 def _fallocate(backing: int, offset: int, length: int) -> None:
     """Have the memory for the copy before anything is changed."""
     try:
@@ -177,17 +185,6 @@ def _protect_steps(part: Mapping, uffd: int) -> list[Step]:
         return []
     mode = abi.WRITEPROTECT_MODE_WP
     return [_uffd_step(uffd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT, part.start, length, mode)]
-
-
-def _put_back(part: Mapping, scratch: int) -> None:
-    """Undo a move that did not end well: the pages go back from where they were moved to."""
-    if part.inode or part.shared:
-        return
-    length = part.end - part.start
-    back = [Step(part.start, sc.SYS_MREMAP, (scratch, length, length, 1 | 2, part.start))]
-    if any(sc.populated(scratch, scratch + length)):
-        sc.run_unswitched(back)
-        sc.mmap(scratch, length, sc.PROT_NONE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_FIXED_NOREPLACE)
 
 
 def _uffd_step(uffd: int, request: int, layout: struct.Struct, *values: int) -> Step:
