@@ -54,5 +54,8 @@ def read_info(mount: Path) -> Info:
         if error.errno == errno.ENOTCONN:
             raise OSError(error.errno, f"the daemon of {mount} is dead; {HOW_TO_START}") from error
         raise OSError(error.errno, f"{mount} is no msharefs mount ({error.strerror}); {HOW_TO_START}") from error
-    first, *lines = text.splitlines()
-    return Info(mount, int(first), dict(line.split(" ", 1) for line in lines))
+    first, _, rest = text.partition("\n")
+    fields = {key: value for key, _, value in (line.partition(" ") for line in rest.splitlines())}
+    if not first.isdecimal() or "socket" not in fields:
+        raise OSError(errno.EINVAL, f"{mount} is no msharefs mount ({INFO_NAME} is none of ours); {HOW_TO_START}")
+    return Info(mount, int(first), fields)

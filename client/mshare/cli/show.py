@@ -1,0 +1,136 @@
+"""Commands that look: ls, stat, maps."""
+
+from __future__ import annotations
+
+import stat as file_modes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+
+from mshare import inspect
+from mshare.cli import render
+from mshare.cli.place import about_region, served_mount
+from mshare.cli.render import Column
+from msharefs.perms import Prot
+from msharefs.protocol import RegionName, RegionStat, Vma
+
+_LS: Final = (
+    Column("NAME"),
+    Column("ADDRESS", right=True),
+    Column("SIZE", right=True),
+    Column("BACKING"),
+    Column("OWNER"),
+    Column("MODE"),
+    Column("ATTACHED", right=True),
+)
+_MAPS: Final = (
+    Column("OFFSET", right=True),
+    Column("LENGTH", right=True),
+    Column("PROT"),
+    Column("FAULTS"),
+    Column("RESIDENT", right=True),
+)
+
+
+@click.command()
+@render.json_option
+@click.pass_obj
+def ls(mount: Path | None, *, as_json: bool) -> None:
+    """List the regions of the mount.
+
+    Columns: name, address, size, backing, owner, mode, and how many processes are attached. Anybody may list;
+    bytes of a name that are no text, and control characters, are shown as escapes.
+    """
+    found = inspect.regions(served_mount(mount))
+    if as_json:
+        render.print_json(found)
+    else:
+        render.print_table(_LS, map(_ls_row, found))
+
+
+@click.command()
+@click.argument("name")
+@render.json_option
+@click.pass_obj
+def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
+    """Tell all about region NAME, which must be readable for you.
+
+    resident: memory in use. faults: those the daemon served. tables: pages of each level of page table.
+    table_bytes_private, _shared, _kernel: what page tables would cost with a set for each attached process, what one
+    set costs, and what the kernel uses for these processes in fact.
+    """
+    place = served_mount(mount)
+    with about_region(name):
+        found = inspect.stat(name, place)
+    if as_json:
+        render.print_json(found)
+    else:
+        render.print_pairs(_stat_pairs(found))
+
+
+@click.command()
+@click.argument("name")
+@render.json_option
+@click.pass_obj
+def maps(mount: Path | None, name: str, *, as_json: bool) -> None:
+    """List what is mapped inside region NAME, which must be readable for you.
+
+    FAULTS says who serves page faults there: the kernel alone (native) or the daemon (paged). What no line covers is
+    a hole.
+    """
+    place = served_mount(mount)
+    with about_region(name):
+        found = inspect.maps(name, place)
+    if as_json:
+        render.print_json(found)
+    else:
+        render.print_table(_MAPS, map(_maps_row, found))
+
+
+def _ls_row(region: RegionName) -> tuple[str, ...]:
+    return (
+        render.printable(region.name),
+        f"{region.address:#x}",
+        render.short_size(region.size),
+        region.backing,
+        render.user_name(region.uid),
+        _mode_letters(region.mode),
+        str(region.attached),
+    )
+
+
+def _maps_row(vma: Vma) -> tuple[str, ...]:
+    return (
+        f"{vma.offset:#x}",
+        render.short_size(vma.length),
+        Prot(vma.prot).as_text(),
+        "paged" if vma.paged else "native",
+        render.short_size(vma.resident),
+    )
+
+
+def _stat_pairs(found: RegionStat) -> Iterator[tuple[str, str]]:
+    yield "name", render.printable(found.name)
+    yield "address", f"{found.address:#x}"
+    yield "size", render.size_in_both(found.size)
+    yield "backing", found.backing
+    yield "owner", f"{render.user_name(found.uid)} (uid {found.uid}, gid {found.gid})"
+    yield "mode", f"{found.mode:04o} ({_mode_letters(found.mode)})"
+    yield "attached", str(found.attached)
+    yield "resident", render.size_in_both(found.resident)
+    yield "huge_bytes", render.size_in_both(found.huge_bytes)
+    yield "faults", str(found.faults)
+    yield "vmas", str(found.vmas)
+    yield "tables", " ".join(f"{level}={count}" for level, count in found.tables.items())
+    yield "tables_shared", "yes" if found.tables_shared else "no"
+    yield "table_bytes_private", render.size_in_both(found.table_bytes_private)
+    yield "table_bytes_shared", render.size_in_both(found.table_bytes_shared)
+    yield "table_bytes_kernel", render.size_in_both(found.table_bytes_kernel)
+    for note in found.notes:
+        yield "note", render.printable(note)
+
+
+def _mode_letters(mode: int) -> str:
+    return file_modes.filemode(mode)[1:]

@@ -1,0 +1,130 @@
+"""mshare create, unlink and rm against a real daemon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mshare import inspect
+from msharefs.protocol import RegionName
+
+NOBODY = 65534
+Mshare = Callable[..., Any]
+Regions = Callable[[], dict[str, RegionName]]
+
+
+@pytest.fixture
+def regions(daemon: Any) -> Regions:
+    """The regions of the mount by name."""
+    return lambda: {region.name: region for region in inspect.regions(daemon.mount)}
+
+
+def test_create_makes_an_orphan(cli: Mshare, regions: Regions, name: str) -> None:
+    """And says where it lies."""
+    assert cli("create", name, "--size", "4M", "--addr", "0x220000000000").lines == [
+        f"{name}  0x220000000000  4194304 (4 MiB)"
+    ]
+    made = regions()[name]
+    assert (made.address, made.size, made.attached, made.mode) == (0x220000000000, 4 << 20, 0, 0o600)
+
+
+def test_what_was_created_can_be_attached(cli: Mshare, client: Callable[..., Any], name: str) -> None:
+    cli("create", name, "--size", "2M")
+    attached = client()
+    attached.do(f"r = mshare.mshare({name!r}, None, 0, RW); r.buf[:5] = b'hello'")
+    assert attached.ask("bytes(r.buf[:5]).decode()") == "hello"
+
+
+def test_an_address_may_be_decimal(cli: Mshare, regions: Regions, name: str) -> None:
+    cli("create", name, "--size", "2097152", "--addr", str(0x221000000000))
+    assert regions()[name].address == 0x221000000000
+
+
+def test_create_takes_a_backing_and_emptiness(cli: Mshare, regions: Regions, name: str) -> None:
+    cli("create", name, "--size", "1G", "--backing", "4k", "--empty")
+    assert regions()[name].backing == "4k"
+    assert cli("maps", name, "--json").json == []
+
+
+def test_the_umask_takes_from_the_mode(cli: Mshare, regions: Regions, name: str) -> None:
+    before = os.umask(0o027)
+    try:
+        cli("create", name, "--size", "2M", "--mode", "666")
+    finally:
+        os.umask(before)
+    assert regions()[name].mode == 0o640
+
+
+def test_a_region_belongs_to_whoever_created_it(cli: Mshare, regions: Regions, name: str) -> None:
+    assert cli("create", name, "--size", "2M", uid=NOBODY).status == 0
+    assert regions()[name].uid == NOBODY
+
+
+def test_a_name_that_is_taken(cli: Mshare, name: str) -> None:
+    """Is an error that names both ways out; --no-excl takes what is there, wherever it lies."""
+    first = cli("create", name, "--size", "2M").lines
+    error = cli("create", name, "--size", "2M").error
+    assert error == f"region '{name}' exists; `mshare rm` takes it away, --no-excl takes it as it is"
+    assert cli("create", name, "--size", "2M", "--no-excl", "--addr", "0x222000000000").lines == first
+
+
+def test_memory_of_the_command_itself_is_not_donated(cli: Mshare, regions: Regions, name: str) -> None:
+    """The stack and the libraries of any process lie there: mshare() would make them the region's."""
+    error = cli("create", name, "--size", "8T", "--addr", "0x780000000000").error
+    assert "is in use in this process" in error
+    assert "between 0x200000000000 and 0x400000000000" in error
+    assert name not in regions()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--size", "1M"), "multiples of 0x200000"),
+        (("--size", "0"), "size"),
+        (("--size", "2M", "--addr", "0x223000000001"), "multiples of 0x200000"),
+    ],
+    ids=str,
+)
+def test_the_daemon_has_the_last_word(cli: Mshare, name: str, arguments: tuple[str, ...], said: str) -> None:
+    error = cli("create", name, *arguments).error
+    assert said in error or "length" in error
+
+
+def test_unlink_ends_an_orphan(cli: Mshare, regions: Regions, name: str) -> None:
+    cli("create", name, "--size", "2M")
+    assert cli("unlink", name).lines == []
+    assert name not in regions()
+
+
+def test_unlink_leaves_a_region_that_is_in_use(cli: Mshare, client: Callable[..., Any], name: str) -> None:
+    attached = client()
+    attached.do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE); r.buf[0] = 7")
+    assert "attached" in cli("unlink", name).error
+    assert attached.ask("r.buf[0]") == 7
+
+
+def test_rm_takes_the_name_and_leaves_the_memory(
+    cli: Mshare, client: Callable[..., Any], regions: Regions, name: str
+) -> None:
+    """To those who have it: the name is free at once."""
+    attached = client()
+    attached.do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE); r.buf[0] = 7")
+    assert cli("rm", name).lines == []
+    assert name not in regions()
+    assert attached.ask("r.buf[0]") == 7
+    assert cli("create", name, "--size", "2M").status == 0
+
+
+@pytest.mark.parametrize("command", ["unlink", "rm"])
+def test_a_name_that_is_not_there(cli: Mshare, command: str) -> None:
+    assert cli(command, "nothing").error.startswith("no region is named 'nothing'; `mshare ls` lists them")
+
+
+@pytest.mark.parametrize(("command", "said"), [("unlink", "write permission"), ("rm", "only its owner or root")])
+def test_others_may_not(cli: Mshare, name: str, command: str, said: str) -> None:
+    cli("create", name, "--size", "2M")
+    assert said in cli(command, name, uid=NOBODY).error
+    assert cli("stat", name).status == 0
