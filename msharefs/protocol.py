@@ -11,6 +11,7 @@ import functools
 import json
 import struct
 import types
+from collections.abc import Sequence
 from typing import Any, Final, get_args, get_origin
 
 import attrs
@@ -26,6 +27,7 @@ MAX_PACKET: Final = 64 << 10
 MAX_DESCRIPTORS: Final = 4
 ANCHOR_PAGES: Final = 1024
 """Pages of address space, not of memory, that a client sets aside beside each window."""
+_ROOM_FOR_THE_REST: Final = 256  # Bytes of a packet beside the items of a list.
 HEADER: Final = struct.Struct("<4sHH")
 _SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
@@ -169,14 +171,17 @@ class GetStat:
 
 @attrs.frozen
 class GetMaps:
-    """Client: list the VMAs; by attachment, or by one descriptor of the opened file."""
+    """Client: list the VMAs; by attachment, or by one descriptor of the opened file. ``after``: from that offset on."""
 
     attachment: int | None = None
+    after: int | None = None
 
 
 @attrs.frozen
 class GetList:
-    """Client: list the regions of the mount."""
+    """Client: list the regions of the mount. ``after``: those whose names come later."""
+
+    after: str | None = None
 
 
 @attrs.frozen
@@ -235,9 +240,10 @@ class Vma:
 
 @attrs.frozen
 class Maps:
-    """Daemon: the VMAs of a region, by offset."""
+    """Daemon: the VMAs of a region, by offset; ``more`` when not all fit into a packet."""
 
     vmas: tuple[Vma, ...]
+    more: bool = False
 
 
 @attrs.frozen
@@ -256,9 +262,10 @@ class RegionName:
 
 @attrs.frozen
 class Listing:
-    """Daemon: the regions of the mount, by name."""
+    """Daemon: the regions of the mount, by name; ``more`` when not all fit into a packet."""
 
     regions: tuple[RegionName, ...]
+    more: bool = False
 
 
 Request = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove | GetStat | GetMaps | GetList
@@ -328,6 +335,16 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
     """The packet for ``message``, to be sent with that many descriptors."""
     body = {"op": _NAMES[type(message)], **_converter.unstructure(message)}
     return HEADER.pack(MAGIC, VERSION, descriptors) + json.dumps(body, separators=(",", ":")).encode()
+
+
+def fitting(items: Sequence[RegionName] | Sequence[Vma]) -> int:
+    """How many of ``items``, from the first on, go into one packet."""
+    room = MAX_PACKET - _ROOM_FOR_THE_REST
+    for count, item in enumerate(items):
+        room -= len(json.dumps(_converter.unstructure(item))) + 1
+        if room < 0:
+            return count
+    return len(items)
 
 
 def decode(packet: bytes) -> tuple[Message, int]:

@@ -5,26 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from mshare import syscalls as sc
 from mshare.connection import Connection, connect, reply_of
-from mshare.discovery import find_mount, read_info
+from mshare.discovery import find_mount
 from mshare.donation import Donation
 from mshare.region import Region, attached_as, check_no_window, close_windows
+from mshare.tickets import Name, checked_name, inode_of, opened
 from mshare.window import RangeInUseError, Window
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE
-from msharefs.errors import MshareError
-from msharefs.namespace import check_name
 
 _KNOWN_FLAGS: Final = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _TRIES: Final = 100
 """How often to start over when a region appears or goes while we look, or an address turns out to be taken."""
 
-Name = str | bytes
 Mount = str | os.PathLike[str] | None
 
 
@@ -50,7 +46,7 @@ def mshare(
     Raises OSError with the errno of the kernel's own calls and the cure in its text: EINVAL (name, alignment, range
     in use, flags, wrong length), EEXIST, ENOENT, EACCES, ENAMETOOLONG, ENOSPC, EDQUOT, EOPNOTSUPP.
     """
-    text = _checked_name(name)
+    text = checked_name(name)
     _check_flags(oflags)
     _check_words(addr or 0, length)
     link = connect(find_mount(mount))
@@ -74,11 +70,11 @@ def mshare_unlink(name: Name, *, mount: Mount = None) -> None:
     A region nobody is attached to is ended by anybody with write permission. Raises BufferError while views of ``buf``
     are alive, and OSError: ENOENT, EBUSY (others are attached and we are not), EACCES.
     """
-    text = _checked_name(name)
+    text = checked_name(name)
     link = connect(find_mount(mount))
     path = link.mount / text
-    with _ticket(path, os.O_RDWR) as ticket:
-        close_windows(attached_as(link.mount, _inode(path)))
+    with opened(path, os.O_RDWR) as ticket:
+        close_windows(attached_as(link.mount, inode_of(path)))
         link.call(protocol.Unlink(text), protocol.Done, ticket)
 
 
@@ -88,7 +84,7 @@ def remove(name: Name, *, mount: Mount = None) -> None:
     Raises OSError: ENOENT, EACCES, EPERM (the mount is sticky and the region is somebody else's).
     """
     link = connect(find_mount(mount))
-    link.call(protocol.Remove(_checked_name(name)), protocol.Done)
+    link.call(protocol.Remove(checked_name(name)), protocol.Done)
 
 
 class _Vanished(Exception):
@@ -136,7 +132,7 @@ def _create(
 def _attach(link: Connection, name: str, addr: int | None, length: int, oflags: int) -> Region:
     """Attach to a region that exists. Raises _Vanished instead of ENOENT when O_CREAT could make it."""
     try:
-        with _ticket(link.mount / name, oflags & os.O_ACCMODE) as ticket:
+        with opened(link.mount / name, oflags & os.O_ACCMODE) as ticket:
             if not ticket:
                 raise OSError(errno.EACCES, f"the mode of region {name!r} does not let you open it like that")
             reply, fds = link.exchange(protocol.Attach(addr, length), ticket)
@@ -172,46 +168,6 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
         for fd in fds:
             os.close(fd)
     return Region(name, link, window, offer, attached.attachment)
-
-
-@contextlib.contextmanager
-def _ticket(path: Path, access: int) -> Iterator[tuple[int, ...]]:
-    """The opened file of a region, which proves what its mode allows; nothing where it may not be opened like that."""
-    try:
-        fds: tuple[int, ...] = (os.open(path, access | os.O_CLOEXEC),)
-    except PermissionError:
-        fds = ()
-    except OSError as error:
-        raise _no_region(path, error) from error
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError as error:
-        raise _no_region(path, error) from error
-
-
-def _no_region(path: Path, error: OSError) -> OSError:
-    """Why a region's file cannot be reached, in better words. Raises OSError when the mount itself is the reason."""
-    read_info(path.parent)
-    if error.errno == errno.ENOENT:
-        return OSError(errno.ENOENT, f"no region is named {path.name!r} in {path.parent}; O_CREAT makes one")
-    return error
-
-
-def _checked_name(name: Name) -> str:
-    if not isinstance(name, str | bytes):
-        raise TypeError(f"a region's name is str or bytes, not {type(name).__name__}")
-    try:
-        return check_name(os.fsdecode(name))
-    except MshareError as error:
-        raise OSError(error.errno, str(error)) from None
 
 
 def _check_flags(oflags: int) -> None:

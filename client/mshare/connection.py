@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import array
+import atexit
 import errno
 import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -102,6 +104,17 @@ def reply_of(reply: protocol.Message, expected: type[R]) -> R:
     return reply
 
 
+def collect_maps(ask: Callable[[int | None], protocol.Maps]) -> list[protocol.Vma]:
+    """The VMAs of a region, however many packets they take; ``ask`` is told after which offset to go on."""
+    found: list[protocol.Vma] = []
+    more = True
+    while more:
+        reply = ask(found[-1].offset if found else None)
+        found += reply.vmas
+        more = reply.more
+    return found
+
+
 _connections: dict[Path, Connection] = {}
 _connections_lock = threading.Lock()
 
@@ -110,6 +123,12 @@ def connect(mount: Path) -> Connection:
     """This process's connection to the daemon of ``mount``; nothing is sent before the first request."""
     with _connections_lock:
         return _connections.setdefault(mount, Connection(mount))
+
+
+@atexit.register
+def _hang_up_all() -> None:
+    for connection in _connections.values():
+        connection.forget()
 
 
 def forget_all() -> None:
@@ -121,8 +140,11 @@ def forget_all() -> None:
 
 
 def _send(sock: socket.socket, request: protocol.Request, fds: tuple[int, ...]) -> None:
+    packet = protocol.encode(request, len(fds))
+    if len(packet) > protocol.MAX_PACKET:
+        raise OSError(errno.E2BIG, "the request takes more than 64 KiB; donate fewer mappings at once")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([protocol.encode(request, len(fds))], ancillary)
+    sock.sendmsg([packet], ancillary)
 
 
 def _receive(sock: socket.socket) -> tuple[protocol.Message, list[int]]:

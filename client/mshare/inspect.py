@@ -7,16 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mshare.api import Mount, Name, _checked_name, _ticket
-from mshare.connection import Connection, connect
+from mshare.api import Mount
+from mshare.connection import Connection, collect_maps, connect
 from mshare.discovery import find_mount
+from mshare.tickets import Name, checked_name, opened
 from msharefs import protocol
 from msharefs.protocol import RegionName, RegionStat, Vma
 
 
 def regions(mount: Mount = None) -> list[RegionName]:
     """The regions of a mount, by name. Raises OSError."""
-    return list(connect(find_mount(mount)).call(protocol.GetList(), protocol.Listing).regions)
+    link = connect(find_mount(mount))
+    found: list[RegionName] = []
+    more = True
+    while more:
+        reply = link.call(protocol.GetList(after=found[-1].name if found else None), protocol.Listing)
+        found += reply.regions
+        more = reply.more
+    return found
 
 
 def stat(name: Name, mount: Mount = None) -> RegionStat:
@@ -28,15 +36,15 @@ def stat(name: Name, mount: Mount = None) -> RegionStat:
 def maps(name: Name, mount: Mount = None) -> list[Vma]:
     """The VMAs inside a region one may read, by offset. Raises OSError: ENOENT, EACCES."""
     with _opened(name, mount) as (link, ticket):
-        return list(link.call(protocol.GetMaps(), protocol.Maps, ticket).vmas)
+        return collect_maps(lambda after: link.call(protocol.GetMaps(after=after), protocol.Maps, ticket))
 
 
 @contextmanager
 def _opened(name: Name, mount: Mount) -> Iterator[tuple[Connection, tuple[int, ...]]]:
     """The connection to ask over, and the opened file that proves one may."""
-    text = _checked_name(name)
+    text = checked_name(name)
     link = connect(find_mount(mount))
-    with _ticket(link.mount / text, os.O_RDONLY) as ticket:
+    with opened(link.mount / text, os.O_RDONLY) as ticket:
         if not ticket:
             path = link.mount / text
             raise OSError(

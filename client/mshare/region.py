@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from mshare import connection
-from mshare.connection import Connection
+from mshare.connection import Connection, collect_maps
 from mshare.window import Window
 from msharefs import protocol
 from msharefs.protocol import RegionStat, Vma
@@ -71,7 +71,8 @@ class Region:
 
     def maps(self) -> list[Vma]:
         """The VMAs inside the region, by offset. Raises OSError, ValueError if closed."""
-        return list(self._link.call(protocol.GetMaps(self._own_attachment()), protocol.Maps).vmas)
+        attachment = self._own_attachment()
+        return collect_maps(lambda after: self._link.call(protocol.GetMaps(attachment, after), protocol.Maps))
 
     def detach(self) -> None:
         """Unmap the window and end this reference; a second call does nothing.

@@ -17,49 +17,39 @@ from msharefs.region import BackingKind
 from msharefs.units import parse_size
 
 
-class SizeType(click.ParamType[int]):
-    """A size as people write it."""
-
-    name = "SIZE"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes for ``2M``."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(str(value))
-        except InvalidArgumentError as error:
-            self.fail(str(error), param, ctx)
+def size(text: object) -> int:
+    """Bytes for a size as people write it."""
+    try:
+        return parse_size(str(text))
+    except InvalidArgumentError as error:
+        raise click.BadParameter(str(error)) from None
 
 
-class ModeType(click.ParamType[int]):
-    """A file mode in octal."""
-
-    name = "OCTAL"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number for ``1777``."""
-        if isinstance(value, int):
-            return value
-        try:
-            mode = int(str(value), 8)
-        except ValueError:
-            mode = -1
-        if not 0 <= mode <= 0o1777:
-            self.fail(f"{value!r} is not an octal mode from 0 to 1777", param, ctx)
-        return mode
+def octal_mode(text: str | int) -> int:
+    """The number for a file mode in octal."""
+    if isinstance(text, int):
+        return text
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o1777:
+        raise click.BadParameter(f"{text!r} is not an octal mode from 0 to 1777")
+    return mode
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="msharefs")
-@click.option("--mount", type=click.Path(path_type=Path), help="Where to mount. [default: /run/mshare for root]")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Socket and backing files. [default: by mount]")
+@click.option("--mount", type=Path, metavar="DIR", help="Where to mount. [default: /run/mshare for root]")
+@click.option("--state-dir", type=Path, metavar="DIR", help="Socket and backing files. [default: by mount]")
 @click.option(
     "--backing",
     type=click.Choice([kind.value for kind in BackingKind]),
     help="Backing of regions that name none. [default: thp for root]",
 )
-@click.option("--align", type=SizeType(), default=PMD_SIZE, help="Alignment of addresses and sizes. [default: 2M]")
+@click.option(
+    "--align", type=size, metavar="SIZE", default=PMD_SIZE, help="Alignment of addresses and sizes. [default: 2M]"
+)
 @click.option(
     "--paging", type=click.Choice(["auto", "all"]), default="auto", show_default=True, help="Which faults to see."
 )
@@ -70,10 +60,12 @@ class ModeType(click.ParamType[int]):
     show_default=True,
     help="What a touch of a hole is answered with.",
 )
-@click.option("--hugetlb-pool", type=SizeType(), help="Huge pages to reserve; needs the hugetlb backing.")
-@click.option("--max-bytes", type=SizeType(), help="Sum of all region sizes at most.")
+@click.option("--hugetlb-pool", type=size, metavar="SIZE", help="Huge pages to reserve; needs the hugetlb backing.")
+@click.option("--max-bytes", type=size, metavar="SIZE", help="Sum of all region sizes at most.")
 @click.option("--max-regions", type=click.IntRange(min=1), help="Number of regions at most.")
-@click.option("--mode", type=ModeType(), default=0o1777, help="Mode of the mount's root. [default: 1777]")
+@click.option(
+    "--mode", type=octal_mode, metavar="OCTAL", default=0o1777, help="Mode of the mount's root. [default: 1777]"
+)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -124,6 +116,7 @@ def _run(mount: Path | None, state_dir: Path | None, policy: Policy, backing: Ba
     try:
         place = Path(os.path.abspath(mount or app.default_mount()))  # noqa: PTH100 - resolve() would ask a dead mount
         state = state_dir.absolute() if state_dir else app.default_state_dir(place)
+        os.chdir("/")
         app.run(app.Config(place, state, policy, backing, mode))
     except app.StartError as error:
         raise click.ClickException(str(error)) from None

@@ -192,10 +192,10 @@ class _Connection:
             case protocol.GetStat():
                 return Answer(await service.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():
-                return Answer(await service.maps(self._region(message.attachment, fds)))
+                return await service.maps(self._region(message.attachment, fds), message)
             case protocol.GetList():
                 _expect(fds, 0)
-                return service.listing()
+                return service.listing(message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is nothing a client may say here")
 

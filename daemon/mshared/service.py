@@ -186,10 +186,13 @@ class Service:
             self.lifetimes.forget(live)
         return Answer(protocol.Done())
 
-    def listing(self) -> Answer:
-        """The regions of the mount."""
+    def listing(self, request: protocol.GetList) -> Answer:
+        """The regions of the mount, as many as one packet takes."""
         self.lifetimes.sweep()
-        return Answer(protocol.Listing(tuple(dump.region_name(region) for region in self.namespace)))
+        after = request.after
+        names = [dump.region_name(r) for r in self.namespace if after is None or (r.name or "") > after]
+        count = protocol.fitting(names)
+        return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
 
     async def stat(self, region: LiveRegion) -> protocol.RegionStat:
         """Everything known about a region, brought up to date first."""
@@ -198,10 +201,12 @@ class Service:
         facts = await self.refresh(region)
         return dump.region_stat(region.model, facts)
 
-    async def maps(self, region: LiveRegion) -> protocol.Maps:
-        """The VMAs of a region."""
+    async def maps(self, region: LiveRegion, request: protocol.GetMaps) -> Answer:
+        """The VMAs of a region, as many as one packet takes."""
         await self.refresh(region)
-        return protocol.Maps(dump.vmas(region.model))
+        vmas = [vma for vma in dump.vmas(region.model) if request.after is None or vma.offset > request.after]
+        count = protocol.fitting(vmas)
+        return Answer(protocol.Maps(tuple(vmas[:count]), more=count < len(vmas)))
 
     async def refresh(self, region: LiveRegion) -> dump.KernelFacts:
         """Read what the kernel did on its own and bring the tables of native memory up to date."""

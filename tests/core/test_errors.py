@@ -16,6 +16,7 @@ EXPECTED = {
     errors.BusyError: errno.EBUSY,
     errors.AccessDeniedError: errno.EACCES,
     errors.NotPermittedError: errno.EPERM,
+    errors.TryAgainError: errno.EAGAIN,
     errors.NoMemoryError: errno.ENOMEM,
     errors.NoSpaceError: errno.ENOSPC,
     errors.QuotaError: errno.EDQUOT,

@@ -84,6 +84,8 @@ class TestNames:
     def test_other_names_are_einval(self, name: str) -> None:
         with pytest.raises(InvalidArgumentError, match="cannot name a region"):
             check_name(name)
+        with pytest.raises(InvalidArgumentError, match="cannot name a region"):
+            create(namespace(), name)
 
     @pytest.mark.parametrize("name", ["x" * 256, "ä" * 128, "\udcff" * 256], ids=ascii)
     def test_bytes_count_not_letters(self, name: str) -> None:
@@ -120,6 +122,12 @@ class TestCreate:
         region = create(namespace())
         assert [(vma.ar, vma.prot) for vma in region.mm.vmas] == [(region.ar, PROT_RW)]
         check_mm(region.mm)
+
+    def test_it_is_native_where_the_mount_says_nothing(self) -> None:
+        ns = Namespace(STICKY_FOR_ALL, Policy())
+        region = ns.create("a", None, PMD_SIZE, 0o600, BackingKind.SMALL, ANN)
+        assert list(region.mm.armings()) == []
+        assert region.mm.hole_signal is Signal.SIGBUS
 
     def test_or_as_one_hole(self) -> None:
         assert list(create(namespace(), empty=True).mm.vmas) == []
@@ -242,6 +250,11 @@ class TestPlaces:
         ns = namespace()
         create(ns, "a", WINDOW_START + PMD_SIZE, 2 * PMD_SIZE)
         assert create(ns, "b", None, 2 * PMD_SIZE).ar.start == WINDOW_START + 3 * PMD_SIZE
+
+    def test_a_place_that_just_fits_between_is_taken(self) -> None:
+        ns = namespace()
+        create(ns, "a", WINDOW_START + 2 * PMD_SIZE)
+        assert create(ns, "b", None, 2 * PMD_SIZE).ar.start == WINDOW_START
 
     def test_places_avoid_regions_that_have_lost_their_name(self) -> None:
         ns = namespace()
@@ -493,10 +506,11 @@ class TestRemove:
                 ns.remove(region, who)
             assert ns.find("a") is region
 
-    def test_in_a_sticky_root_its_owner_may_remove_all(self) -> None:
+    @pytest.mark.parametrize("who", [BOB, ROOT])
+    def test_in_a_sticky_root_its_owner_and_root_may_remove_all(self, who: Credentials) -> None:
         ns = namespace(Ownership(BOB.uid, BOB.gid, 0o1777))
         region = create_attached(ns, who=ANN)
-        ns.remove(region, BOB)
+        ns.remove(region, who)
         assert region.name is None
 
 

@@ -60,6 +60,10 @@ def test_an_entry_is_packed_into_the_processors_word_and_back(frame: int, flags:
     assert Pte.unpack(pte.pack()) == pte
 
 
+def test_a_page_is_writable_where_nothing_else_is_said() -> None:
+    assert Pte(FrameNo(5)).flags == RW
+
+
 def test_a_packed_entry_is_always_present_so_that_no_word_is_zero() -> None:
     assert Pte(FrameNo(0), PteFlag(0)).pack() == PRESENT
 

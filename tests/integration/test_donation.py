@@ -116,6 +116,20 @@ def test_shared_anonymous_memory_can_be_donated(donor: Client, client: Callable[
     assert donor.ask("list(ctypes.string_at(BASE, 2))") == [1, 9]
 
 
+@pytest.mark.parametrize(("count", "fits"), [(1000, True), (3000, False)])
+def test_a_thousand_mappings_can_be_donated(donor: Client, name: str, count: int, fits: bool) -> None:
+    donor.do(f"for i in range({count}): anon(i * 2 * PAGE, PAGE); ctypes.memset(BASE + i * 2 * PAGE, i % 251, PAGE)")
+    create = f"mshare.mshare({name!r}, BASE, 32 * MIB, CREATE, backing='4k')"
+    if fits:
+        donor.do(f"r = {create}")
+        assert donor.ask("[(v.offset, v.length) for v in r.maps()]") == [[i * 8192, 4096] for i in range(count)]
+    else:
+        assert donor.error_of(create).errno == errno.E2BIG
+    assert donor.ask(f"[ctypes.string_at(BASE + i * 2 * PAGE, 1)[0] for i in range({count})]") == [
+        i % 251 for i in range(count)
+    ]
+
+
 def test_an_executable_mapping_is_refused(donor: Client, name: str) -> None:
     donor.do("anon(0, 2 * MIB, 7); ctypes.memset(BASE, 9, 10)")
     error = donor.error_of(f"mshare.mshare({name!r}, BASE, 2 * MIB, CREATE)")

@@ -160,6 +160,15 @@ def test_the_file_is_not_the_memory(path: Path) -> None:
         mmap.mmap(file.fileno(), 16, mmap.MAP_SHARED)
 
 
+def test_a_listing_of_any_length(start_daemon: Callable[..., Daemon], client: Callable[..., Client]) -> None:
+    c = client(start_daemon())
+    c.do("names = [f'region-{i:04}-' + 'x' * 200 for i in range(400)]")
+    c.do("for name in names: mshare.mshare(name, None, 2 * MIB, CREATE).detach()")
+    c.do("import mshare.inspect")
+    assert c.ask("[r.name for r in mshare.inspect.regions()] == names")
+    assert c.ask("sorted(set(os.listdir(find_mount())) - {'mshare_info', '.regions', '.metrics'}) == names")
+
+
 def test_names_that_are_not_there(daemon: Daemon) -> None:
     for missing in ("nothing", ".regions/nothing", ".regions/nothing/maps", "x" * 255, ".hidden"):
         with pytest.raises(FileNotFoundError):

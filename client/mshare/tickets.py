@@ -1,0 +1,57 @@
+"""A region's file in the mount: opened, it proves to the daemon what its mode allows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mshare.discovery import read_info
+from msharefs.errors import MshareError
+from msharefs.namespace import check_name
+
+Name = str | bytes
+
+
+@contextlib.contextmanager
+def opened(path: Path, access: int) -> Iterator[tuple[int, ...]]:
+    """The opened file of a region, which proves what its mode allows; nothing where it may not be opened like that."""
+    try:
+        fds: tuple[int, ...] = (os.open(path, access | os.O_CLOEXEC),)
+    except PermissionError:
+        fds = ()
+    except OSError as error:
+        raise _no_region(path, error) from error
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def inode_of(path: Path) -> int:
+    """Number of a region's file, which no other region ever has. Raises OSError."""
+    try:
+        return path.stat().st_ino
+    except OSError as error:
+        raise _no_region(path, error) from error
+
+
+def _no_region(path: Path, error: OSError) -> OSError:
+    """Why a region's file cannot be reached, in better words. Raises OSError when the mount itself is the reason."""
+    read_info(path.parent)
+    if error.errno == errno.ENOENT:
+        return OSError(errno.ENOENT, f"no region is named {path.name!r} in {path.parent}; O_CREAT makes one")
+    return error
+
+
+def checked_name(name: Name) -> str:
+    """A region's name as text. Raises OSError as check_name says, TypeError for anything but str and bytes."""
+    if not isinstance(name, str | bytes):
+        raise TypeError(f"a region's name is str or bytes, not {type(name).__name__}")
+    try:
+        return check_name(os.fsdecode(name))
+    except MshareError as error:
+        raise OSError(error.errno, str(error)) from None
