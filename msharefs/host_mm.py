@@ -99,9 +99,7 @@ class HostMm:
         Raises NoMemoryError when a part of it is not mapped, AccessDeniedError for PROT_EXEC.
         """
         _check_prot(prot)
-        self._check_range(ar)
-        if self.vmas.holes(ar):
-            raise NoMemoryError(f"{ar} is not mapped throughout; map it first")
+        self.check_mapped(ar)
         before = self._armings(self._granules(ar))
         moves: list[Effect] = []
         for vma in self.vmas.remove(ar):
@@ -113,6 +111,17 @@ class HostMm:
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
         return self._rearm(ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
+
+    def madvise_remove(self, ar: AddrRange) -> list[Effect]:
+        """Have zeros in ``ar``, for everybody, and its memory back (compare mm/madvise.c:madvise_remove).
+
+        Raises NoMemoryError when a part of it is not mapped, AccessDeniedError when one may not be written.
+        """
+        self.check_mapped(ar)
+        if not all(vma.prot & Prot.WRITE for vma in self.vmas.overlapping(ar)):
+            raise AccessDeniedError(f"{ar} may not be written throughout; mprotect it first")
+        self.table.clear_range(ar)
+        return [Punch(ar)]
 
     def fault(self, fault: Fault) -> Resolution:
         """Decide a fault the kernel reported; see ``msharefs.fault``."""
@@ -238,6 +247,12 @@ class HostMm:
         if gap is None:
             raise NoMemoryError(f"no gap of {size} bytes in the region {self.ar}; unmap something first")
         return gap
+
+    def check_mapped(self, ar: AddrRange) -> None:
+        """Only whole pages of the region, all of them mapped: else InvalidArgumentError or NoMemoryError."""
+        self._check_range(ar)
+        if self.vmas.holes(ar):
+            raise NoMemoryError(f"{ar} is not mapped throughout; map it first")
 
     def _check_range(self, ar: AddrRange) -> None:
         """Only whole pages of the region."""

@@ -34,6 +34,36 @@ class Access(enum.Enum):
         return bool(prot & Prot.WRITE) if self is Access.WRITE else bool(prot & PROT_RW)
 
 
+class MapFlag(enum.IntFlag):
+    """Flags of mmap(2) that a region takes."""
+
+    SHARED = 0x01
+    PRIVATE = 0x02
+    FIXED = 0x10
+    ANONYMOUS = 0x20
+    NORESERVE = 0x4000
+    POPULATE = 0x8000
+    FIXED_NOREPLACE = 0x100000
+
+
+class Advice(enum.IntEnum):
+    """Advice of madvise(2) that a region takes."""
+
+    NORMAL = 0
+    RANDOM = 1
+    SEQUENTIAL = 2
+    WILLNEED = 3
+    DONTNEED = 4
+    REMOVE = 9
+    HUGEPAGE = 14
+    NOHUGEPAGE = 15
+    COLD = 20
+    PAGEOUT = 21
+    POPULATE_READ = 22
+    POPULATE_WRITE = 23
+    COLLAPSE = 25
+
+
 MAP_SHARED_PT = 0x200000
 """mmap flag of the series' later form: share page tables with other mappers of the same file."""
 MAP_REFPAGE = 0x400000

@@ -178,6 +178,53 @@ class GetMaps:
 
 
 @attrs.frozen
+class Mmap:
+    """Client: map memory inside the region; protection and flags as in mmap(2), ``offset`` None for any gap."""
+
+    attachment: int
+    offset: int | None
+    length: int
+    prot: int
+    flags: int
+
+
+@attrs.frozen
+class Placed:
+    """Daemon: mapped, at this offset, in every process."""
+
+    offset: int
+
+
+@attrs.frozen
+class Munmap:
+    """Client: unmap a range inside the region, for everybody."""
+
+    attachment: int
+    offset: int
+    length: int
+
+
+@attrs.frozen
+class Mprotect:
+    """Client: change the protection of a range inside the region, for everybody; as in mprotect(2)."""
+
+    attachment: int
+    offset: int
+    length: int
+    prot: int
+
+
+@attrs.frozen
+class Madvise:
+    """Client: advice about a range inside the region (madvise(2)); what one process may do alone it does itself."""
+
+    attachment: int
+    offset: int
+    length: int
+    advice: int
+
+
+@attrs.frozen
 class GetList:
     """Client: list the regions of the mount. ``after``: those whose names come later."""
 
@@ -268,8 +315,10 @@ class Listing:
     more: bool = False
 
 
-Request = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove | GetStat | GetMaps | GetList
-Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing
+Attaching = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove
+Changing = Mmap | Munmap | Mprotect | Madvise
+Request = Attaching | Changing | GetStat | GetMaps | GetList
+Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
 Message = Request | Reply
 
 _OPS: Final[dict[str, type[Any]]] = {
@@ -285,6 +334,11 @@ _OPS: Final[dict[str, type[Any]]] = {
     "get_stat": GetStat,
     "get_maps": GetMaps,
     "get_list": GetList,
+    "mmap": Mmap,
+    "munmap": Munmap,
+    "mprotect": Mprotect,
+    "madvise": Madvise,
+    "placed": Placed,
     "welcome": Welcome,
     "exists": Exists,
     "offer": Offer,

@@ -6,14 +6,17 @@ import contextlib
 import errno
 import os
 import threading
+from mmap import MAP_ANONYMOUS, MAP_SHARED, PROT_READ, PROT_WRITE
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mshare import connection
+from mshare import syscalls as sc
 from mshare.connection import Connection, collect_maps
 from mshare.window import Window
 from msharefs import protocol
+from msharefs.perms import Advice, MapFlag
 from msharefs.protocol import RegionStat, Vma
 
 
@@ -73,6 +76,49 @@ class Region:
         """The VMAs inside the region, by offset. Raises OSError, ValueError if closed."""
         attachment = self._own_attachment()
         return collect_maps(lambda after: self._link.call(protocol.GetMaps(attachment, after), protocol.Maps))
+
+    def mmap(
+        self,
+        length: int,
+        prot: int = PROT_READ | PROT_WRITE,
+        flags: int = MAP_SHARED | MAP_ANONYMOUS,
+        *,
+        offset: int | None = None,
+    ) -> int:
+        """Map zeroed memory inside the region, in every process; its offset (compare mmap(2)).
+
+        ``offset`` is a hint without MAP_FIXED (which replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST if
+        something is). MAP_SHARED and MAP_PRIVATE mean the same here: the region's processes share it. Raises OSError:
+        EINVAL, EEXIST, EACCES (PROT_EXEC, or a read-only window), ENOMEM (no gap).
+        """
+        request = protocol.Mmap(self._own_attachment(), offset, length, prot, flags)
+        placed = self._link.call(request, protocol.Placed).offset
+        if flags & MapFlag.POPULATE and prot & (PROT_READ | PROT_WRITE):
+            self.madvise(placed, length, Advice.POPULATE_WRITE if prot & PROT_WRITE else Advice.POPULATE_READ)
+        return placed
+
+    def munmap(self, offset: int, length: int) -> None:
+        """Unmap a range, in every process: its memory goes back, a touch is a SIGBUS from now on. Raises OSError."""
+        self._link.call(protocol.Munmap(self._own_attachment(), offset, length), protocol.Done)
+
+    def mprotect(self, offset: int, length: int, prot: int) -> None:
+        """Change the protection of a range, in every process, when the call returns; against it is a SIGSEGV.
+
+        PROT_NONE keeps the contents for a later mprotect. Raises OSError: EINVAL, ENOMEM (not mapped throughout, or no
+        memory), EACCES (PROT_EXEC, or a read-only window).
+        """
+        self._link.call(protocol.Mprotect(self._own_attachment(), offset, length, prot), protocol.Done)
+
+    def madvise(self, offset: int, length: int, advice: int) -> None:
+        """Give advice about a range, with the meaning that madvise(2) has for shared memory.
+
+        REMOVE makes it zeros for everybody, DONTNEED keeps the contents; POPULATE_*, COLLAPSE, COLD, PAGEOUT and the
+        like act on this process's mapping and on the memory behind it. Raises OSError: EINVAL, ENOMEM, EACCES.
+        """
+        request = protocol.Madvise(self._own_attachment(), offset, length, advice)
+        self._link.call(request, protocol.Done)
+        if advice not in (Advice.REMOVE, Advice.RANDOM, Advice.SEQUENTIAL):
+            sc.madvise(self.address + offset, length, advice)
 
     def detach(self) -> None:
         """Unmap the window and end this reference; a second call does nothing.

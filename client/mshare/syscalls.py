@@ -38,6 +38,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 
 _keeping_the_lock: Final = ctypes.PyDLL(None, use_errno=True)
@@ -62,6 +63,12 @@ def mprotect(addr: int, length: int, prot: int) -> None:
     """mprotect(2). Raises OSError."""
     if _libc.mprotect(addr, length, prot):
         raise _error("mprotect")
+
+
+def madvise(addr: int, length: int, advice: int) -> None:
+    """Give advice about memory (madvise(2)). Raises OSError."""
+    if _libc.madvise(addr, length, advice):
+        raise _error("madvise")
 
 
 def userfaultfd(device: int | None) -> int:

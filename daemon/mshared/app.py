@@ -21,6 +21,7 @@ import trio
 
 from mshared import control, fs, mounts, uffd
 from mshared.backing import BackingStore, MemfdStore, TmpfsStore
+from mshared.changes import Changes
 from mshared.lifetimes import Lifetimes
 from mshared.notify import notify
 from mshared.pager import Pager
@@ -102,6 +103,7 @@ def run(config: Config) -> None:
             lifetimes,
             store,
             default_backing=_default_backing(config, store),
+            changes=Changes(lifetimes.read_events),
             notes=notes + store.notes,
         )
         listener = stack.enter_context(_listener(config.state_dir / "socket"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Final
 
 from mshared import backing, processes
 from mshared.live import LiveAttachment, LiveRegion
@@ -16,35 +17,63 @@ from mshared.uffd import Outcome, classify
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
 from msharefs.errors import InternalError
+from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
 
+_MOST_TRIES: Final = 10_000
+
 
 def arm_new(attachment: LiveAttachment) -> None:
     """Arm a window that nobody has touched yet as its region is armed. Raises OSError when it is not mapped."""
-    region = attachment.region.model
-    for ar, arming in region.mm.armings():
+    region = attachment.region
+    for ar, arming in region.model.mm.armings():
         _arm(attachment, ar, arming)
+    for effect in region.arming_now:
+        _arm(attachment, effect.ar, effect.arming)
 
 
-def carry_out(region: LiveRegion, effects: Iterable[Effect]) -> None:
-    """Make the kernel follow a change of the region, in the order given. Raises OSError where memory is short."""
-    for effect in effects:
-        match effect:
-            case Arm(ar, arming):
-                for attachment in region.attachments:
-                    _try(attachment, partial(_arm, attachment, ar, arming))
-            case Punch(ar):
-                region.backing.punch(_offsets(region, ar))
-            case Stash(ar):
-                backing.move(region.backing.fd, region.stash(), _offsets(region, ar))
-            case Unstash(ar):
-                backing.move(region.stash(), region.backing.fd, _offsets(region, ar))
-            case Wake(ar):
-                _wake_all(region, ar)
-            case _:
-                raise InternalError(f"{effect} answers a fault, it changes no region")
+def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callable[[], None]) -> None:
+    """Make the kernel follow a change of the region, in the order given. Raises OSError where memory is short.
+
+    ``read_events`` is called while the kernel wants a fork to be seen to first, and when all attachments are armed,
+    before memory moves: children that appear then are armed as they are added, with what this change has armed so
+    far.
+    """
+    try:
+        for effect in effects:
+            if isinstance(effect, Arm):
+                region.arming_now.append(effect)
+                for attachment in list(region.attachments):
+                    _insist(attachment, effect, read_events)
+            else:
+                read_events()
+                _move_memory(region, effect)
+    finally:
+        region.arming_now.clear()
+
+
+def _move_memory(region: LiveRegion, effect: Effect) -> None:
+    match effect:
+        case Punch(ar):
+            region.punch(_offsets(region, ar))
+        case Stash(ar):
+            backing.move(region.backing.fd, region.stash(), _offsets(region, ar))
+        case Unstash(ar):
+            write = None if region.model.backing is BackingKind.SMALL else region.put
+            backing.move(region.stash(), region.backing.fd, _offsets(region, ar), write=write)
+        case _:
+            raise InternalError(f"{effect} answers a fault, it changes no region")
+
+
+def _insist(attachment: LiveAttachment, effect: Arm, read_events: Callable[[], None]) -> None:
+    """Arm one attachment; while it is being forked the kernel wants that to be read first."""
+    for _ in range(_MOST_TRIES):
+        if _try(attachment, partial(_arm, attachment, effect.ar, effect.arming)) is not Outcome.RETRY:
+            return
+        read_events()
+    raise InternalError(f"{attachment} cannot be armed: the kernel asks to wait for ever")
 
 
 def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Deliver | Wake | ZeroFill) -> Outcome:
@@ -98,12 +127,6 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
     except ProcessLookupError:
         return Outcome.GONE
     return Outcome.SERVED
-
-
-def _wake_all(region: LiveRegion, ar: AddrRange) -> None:
-    for attachment in region.attachments:
-        guest = region.model.to_guest(attachment.model, ar)
-        _try(attachment, partial(attachment.uffd.wake, guest))
 
 
 def _offsets(region: LiveRegion, ar: AddrRange) -> AddrRange:

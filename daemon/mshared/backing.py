@@ -11,14 +11,14 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import attrs
 
 from mshared import landlock, libc, mounts
-from msharefs.addr import AddrRange
+from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
 
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
-_CHUNK: Final = 1 << 20
 
 
 @attrs.frozen
@@ -237,15 +236,20 @@ def extents(fd: int) -> Iterator[AddrRange]:
             yield AddrRange.sized(start, at - start)
 
 
-def move(source: int, target: int, ar: AddrRange) -> None:
+def move(source: int, target: int, ar: AddrRange, *, write: Callable[[bytes, int], None] | None = None) -> None:
     """Move what ``source`` holds of a range of offsets to the same place in ``target``.
 
-    Pages that ``source`` does not hold are not made in ``target``. Raises OSError (ENOSPC) with all still in source.
+    Pages that ``source`` does not hold are not made in ``target``. ``write`` is what puts data at an offset there, if
+    not pwrite(2). Raises OSError (ENOSPC) with all still in source.
     """
     held = [part for extent in extents(source) if (part := extent.intersect(ar)) is not None]
     for part in held:
-        for piece in part.pieces(_CHUNK):
-            _write_all(target, os.pread(source, piece.size, piece.start), piece.start)
+        for piece in part.pieces(PMD_SIZE):
+            data = os.pread(source, piece.size, piece.start)
+            if write is None or piece.size == PMD_SIZE:
+                _write_all(target, data, piece.start)
+            else:
+                write(data, piece.start)
     for part in held:
         punch(source, part)
 

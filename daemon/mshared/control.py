@@ -189,6 +189,9 @@ class _Connection:
             case protocol.Remove():
                 _expect(fds, 0)
                 return service.remove(caller, message)
+            case protocol.Mmap() | protocol.Munmap() | protocol.Mprotect() | protocol.Madvise():
+                _expect(fds, 0)
+                return service.change(caller, message)
             case protocol.GetStat():
                 return Answer(await service.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():

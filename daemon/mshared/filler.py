@@ -19,6 +19,7 @@ class Filler:
     """A mapping of one backing file in the daemon, registered MISSING."""
 
     def __init__(self, fd: int, size: int, device: int | None) -> None:
+        self._fd = fd
         self._size = size
         self._uffd = uffd.new(device)
         self._uffd.open_api(abi.Feature.MISSING_SHMEM)
@@ -29,6 +30,14 @@ class Filler:
         """Have a page of zeros at ``offset``, unless there is one already."""
         with contextlib.suppress(FileExistsError):
             self._uffd.zero(AddrRange.sized(self._start + offset, PAGE_SIZE), protected=False)
+
+    def copy(self, offset: int, data: bytes) -> None:
+        """Have a page with ``data`` at ``offset``; one that is there already is written over."""
+        page = AddrRange.sized(self._start + offset, PAGE_SIZE)
+        try:
+            self._uffd.copy(page, data)
+        except FileExistsError:
+            os.pwrite(self._fd, data, offset)
 
     def close(self) -> None:
         """Unmap and close."""

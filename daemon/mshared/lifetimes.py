@@ -7,6 +7,7 @@ by their userfaultfd, which does not say whose it is: see ``mshared.forks``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -59,6 +60,10 @@ class Lifetimes:
     def attachment_count(self) -> int:
         """How many references there are, over all regions."""
         return len(self._attachments)
+
+    def read_events(self) -> None:
+        """See to what the kernel reports now; forked children are attachments then."""
+        self._pager.drain()
 
     def add_region(self, model: Region, backing: Backing) -> LiveRegion:
         """Take over a new region and its files."""
@@ -233,6 +238,8 @@ class Lifetimes:
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid)
         self._add(child)
         self.forks.add(child)
+        with contextlib.suppress(OSError):
+            apply.arm_new(child)  # What changed while it was being forked is not in its copy.
 
     def _on_child_found(self, child: LiveAttachment, pid: int) -> None:
         """A forked child's process is known now."""

@@ -8,10 +8,11 @@ import time
 import attrs
 import trio
 
-from mshared.backing import Backing
+from mshared.backing import Backing, punch
 from mshared.filler import Filler
 from mshared.uffd import Uffd
-from msharefs.addr import Address
+from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.effects import Arm
 from msharefs.region import Attachment, Region
 
 
@@ -34,7 +35,8 @@ class LiveAttachment:
 class LiveRegion:
     """A region and its files. ``settled`` is set once its creator is attached, or has failed.
 
-    ``created_ns`` is the wall clock's time, for people.
+    ``arming_now`` is what a change that is under way has armed so far. ``created_ns`` is the wall clock's time, for
+    people.
     """
 
     model: Region
@@ -43,6 +45,7 @@ class LiveRegion:
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
+    arming_now: list[Arm] = attrs.Factory(list)
     _stash: int | None = None
     _filler: Filler | None = None
 
@@ -51,6 +54,17 @@ class LiveRegion:
         if self._filler is None:
             self._filler = Filler(self.backing.fd, self.model.ar.size, self.uffd_device)
         return self._filler
+
+    def punch(self, ar: AddrRange) -> None:
+        """Give the memory of a range of offsets back, stashed or not."""
+        self.backing.punch(ar)
+        if self._stash is not None:
+            punch(self._stash, ar)
+
+    def put(self, data: bytes, offset: int) -> None:
+        """Put whole pages into the backing, and no neighbour of theirs."""
+        for at in range(0, len(data), PAGE_SIZE):
+            self.filler().copy(offset + at, data[at : at + PAGE_SIZE])
 
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""

@@ -23,7 +23,7 @@ _MOUNT_ATTR_RDONLY: Final = (1).to_bytes(8, "little") + bytes(24)
 
 def mount_at(path: Path) -> Mount | None:
     """What is mounted at ``path``, the topmost, or None. Asks no filesystem, so a dead one cannot hang it."""
-    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # As text, "\r" in a path would end a line.
     return next((m for m in reversed(list(parse_mountinfo(text))) if m.point == str(path)), None)
 
 

@@ -11,6 +11,7 @@ import trio
 
 from mshared import apply, processes
 from mshared.backing import BackingStore, extents, resident
+from mshared.changes import Changes, checked_prot
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.tickets import Ticket, read_ticket
@@ -78,12 +79,14 @@ class Service:
         store: BackingStore,
         *,
         default_backing: BackingKind,
+        changes: Changes,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.lifetimes = lifetimes
         self.store = store
         self.default_backing = default_backing
+        self._changes = changes
         self._notes = notes
 
     def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
@@ -186,6 +189,20 @@ class Service:
             self.lifetimes.forget(live)
         return Answer(protocol.Done())
 
+    def change(self, caller: Caller, request: protocol.Changing) -> Answer:
+        """Change what is mapped inside the region of one of the caller's attachments, for everybody."""
+        live = self._own(caller, request.attachment)
+        match request:
+            case protocol.Mmap():
+                return Answer(self._changes.mmap(live, request))
+            case protocol.Munmap():
+                self._changes.munmap(live, request)
+            case protocol.Mprotect():
+                self._changes.mprotect(live, request)
+            case protocol.Madvise():
+                self._changes.madvise(live, request)
+        return Answer(protocol.Done())
+
     def listing(self, request: protocol.GetList) -> Answer:
         """The regions of the mount, as many as one packet takes."""
         self.lifetimes.sweep()
@@ -283,7 +300,7 @@ class Service:
     def _change(self, live: LiveAttachment, effects: list[Effect]) -> None:
         """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""
         try:
-            apply.carry_out(live.region, effects)
+            apply.carry_out(live.region, effects, self.lifetimes.read_events)
         except OSError as error:
             self.lifetimes.drop(live)
             raise NoSpaceError(f"no memory for the change: {error.strerror}") from error
@@ -291,9 +308,7 @@ class Service:
 
 def _map_donated(model: Region, donated: protocol.DonatedRange) -> None:
     """One mapping of the donor, read-write until its contents are in."""
-    if donated.prot & ~int(Prot.READ | Prot.WRITE | Prot.EXEC):
-        raise InvalidArgumentError(f"protection {donated.prot:#x} has unknown bits")
-    if donated.prot & Prot.EXEC:
+    if checked_prot(donated.prot) & Prot.EXEC:
         raise AccessDeniedError("an executable mapping cannot be donated: regions are data; mprotect it first")
     ar = model.range_at(donated.offset, donated.length)
     try:

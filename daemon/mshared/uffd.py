@@ -110,6 +110,11 @@ class Uffd:
         else:
             fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
 
+    def copy(self, ar: AddrRange, data: bytes) -> None:
+        """Fill ``ar`` with ``data`` and wake who waits for it."""
+        source = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+        fcntl.ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.size, 0, 0))
+
     def wake(self, ar: AddrRange) -> None:
         """UFFDIO_WAKE: whoever waits in ``ar`` tries again."""
         fcntl.ioctl(self.fd, abi.UFFDIO_WAKE, abi.RANGE_STRUCT.pack(ar.start, ar.size))
