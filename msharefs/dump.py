@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
 import attrs
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.page_table import LEVEL_NAMES, PteFlag
-from msharefs.protocol import RegionName, RegionStat, Vma
 from msharefs.region import Attachment, BackingKind, Region
+from msharefs.reports import RegionName, RegionStat, Vma
 from msharefs.units import format_size
 from msharefs.vma import Arming
 
@@ -71,12 +72,14 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
 
 def vmas(region: Region) -> tuple[Vma, ...]:
     """The VMAs of a region by offset. Preconditions: the tables were brought up to date."""
+    paged = [ar for ar, arming in region.mm.armings() if arming & Arming.MISSING]
+    ends = [ar.end for ar in paged]
     found = []
-    armed = list(region.mm.armings())
     for vma in region.mm.vmas:
-        paged = any(arming & Arming.MISSING and ar.overlaps(vma.ar) for ar, arming in armed)
+        first = bisect_right(ends, vma.ar.start)
+        is_paged = first < len(paged) and paged[first].overlaps(vma.ar)
         resident = sum(run.size for run, _ in region.mm.table.runs(vma.ar))
-        found.append(Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), paged, resident))
+        found.append(Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident))
     return tuple(found)
 
 
@@ -145,7 +148,8 @@ def stat_text(stat: RegionStat) -> str:
         elif key in ("address", "mode"):
             lines.append(f"{key} {value:{'#x' if key == 'address' else '04o'}}\n")
         else:
-            lines.append(f"{key} {str(value).lower() if isinstance(value, bool) else value}\n")
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"{key} {text.translate(_ESCAPES)}\n")
     return "".join(lines)
 
 
@@ -161,6 +165,9 @@ def metrics_text(stats: Iterable[RegionStat]) -> str:
             lines.append(f'msharefs_region_{metric}{{region="{label}"}} {getattr(stat, field)}\n')
     return "".join(lines)
 
+
+_ESCAPES = str.maketrans({"\\": r"\134", "\n": r"\012"})
+"""A name may hold anything; written as in /proc/mounts it makes no line of its own."""
 
 _METRICS = (
     ("size_bytes", "gauge", "size"),

@@ -1,7 +1,9 @@
 """What the host mm wants done in the kernel. Decided here, carried out by the daemon, in the order given.
 
 Ranges are host addresses (those of the region itself). The order within one list is the safe order, decided
-where the list is made: first arm for more, then move or free contents, then arm for less, which wakes.
+where the list is made: first arm for more, then move or free contents, then arm for less, which wakes. No fault of the
+region may be decided between the effects of one change: the model is ahead of the kernel then, and would fill
+zeros where contents are still to come.
 """
 
 from __future__ import annotations

@@ -28,6 +28,9 @@ from msharefs.perms import PROT_RW, Prot
 from msharefs.vma import Arming, Vma
 from msharefs.vma_set import VmaSet
 
+MAX_VMAS = 16_000
+"""Mappings in a region at most: each may split every process's window several times, 65530 being the kernel's limit."""
+
 
 class HostMm:
     """What is mapped in one region (``vmas``) and what is installed (``table``).
@@ -76,6 +79,7 @@ class HostMm:
         PROT_EXEC.
         """
         _check_prot(prot)
+        self._check_count()
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
         before = self._armings(self._granules(place))
         moves: list[Effect] = []
@@ -88,6 +92,7 @@ class HostMm:
     def munmap(self, ar: AddrRange) -> list[Effect]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
         self._check_range(ar)
+        self._check_count()
         before = self._armings(self._granules(ar))
         self.vmas.remove(ar)
         self.table.clear_range(ar)
@@ -100,6 +105,7 @@ class HostMm:
         """
         _check_prot(prot)
         self.check_mapped(ar)
+        self._check_count()
         before = self._armings(self._granules(ar))
         moves: list[Effect] = []
         for vma in self.vmas.remove(ar):
@@ -247,6 +253,11 @@ class HostMm:
         if gap is None:
             raise NoMemoryError(f"no gap of {size} bytes in the region {self.ar}; unmap something first")
         return gap
+
+    def _check_count(self) -> None:
+        """Whether two more VMAs may be made (compare vm.max_map_count, which binds every attached process)."""
+        if len(self.vmas) + 2 > MAX_VMAS:
+            raise NoMemoryError(f"the region has {len(self.vmas)} mappings, at most {MAX_VMAS} are possible")
 
     def check_mapped(self, ar: AddrRange) -> None:
         """Only whole pages of the region, all of them mapped: else InvalidArgumentError or NoMemoryError."""

@@ -20,6 +20,9 @@ from cattrs.errors import BaseValidationError
 from cattrs.gen import make_dict_structure_fn
 
 from msharefs.errors import ProtocolError
+from msharefs.reports import RegionName as RegionName
+from msharefs.reports import RegionStat as RegionStat
+from msharefs.reports import Vma as Vma
 
 MAGIC: Final = b"MSHR"
 VERSION: Final = 1
@@ -245,66 +248,11 @@ class Failed:
 
 
 @attrs.frozen
-class RegionStat:
-    """What ``stat`` tells. Bytes unless said otherwise.
-
-    ``attached`` counts processes, ``faults`` those the daemon served. ``tables`` counts table pages of the host mm by
-    level. ``table_bytes_private`` is what the attached processes would need with tables of their own,
-    ``table_bytes_shared`` what one shared set takes, ``table_bytes_kernel`` what the kernel uses for them in fact
-    (the sum of VmPTE, everything else in those processes included).
-    """
-
-    name: str
-    address: int
-    size: int
-    backing: str
-    uid: int
-    gid: int
-    mode: int
-    attached: int
-    resident: int
-    faults: int
-    vmas: int
-    tables: dict[str, int]
-    table_bytes_private: int
-    table_bytes_shared: int
-    table_bytes_kernel: int
-    tables_shared: bool
-    huge_bytes: int
-    notes: tuple[str, ...] = ()
-
-
-@attrs.frozen
-class Vma:
-    """One mapping inside a region, as the client sees it: offset and length in bytes, protection as PROT_*."""
-
-    offset: int
-    length: int
-    prot: int
-    paged: bool
-    resident: int
-
-
-@attrs.frozen
 class Maps:
     """Daemon: the VMAs of a region, by offset; ``more`` when not all fit into a packet."""
 
     vmas: tuple[Vma, ...]
     more: bool = False
-
-
-@attrs.frozen
-class RegionName:
-    """One line of a listing: what the mount's directory shows anybody, and the number of attached processes."""
-
-    name: str
-    address: int
-    size: int
-    backing: str
-    uid: int
-    gid: int
-    mode: int
-    attached: int
 
 
 @attrs.frozen

@@ -141,8 +141,9 @@ class Client:
     def receive(self) -> Any:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            stacks = self.stacks()
             self.kill_all()
-            pytest.fail(f"client hangs: {self.stderr()}")
+            pytest.fail(f"client hangs: {self.stderr()}{stacks}")
         line = self._process.stdout.readline()
         if not line:
             pytest.fail(f"client died with {self._process.wait()}: {self.stderr()}")
@@ -171,6 +172,10 @@ class Client:
         self._process.wait(PATIENCE)
         self._stderr.seek(0)
         return self._stderr.read().decode(errors="replace")
+
+    def stacks(self) -> str:
+        """Where in the kernel each of its threads is."""
+        return "\n".join((task / "stack").read_text() for task in Path(f"/proc/{self.pid}/task").iterdir())
 
     def kill(self) -> None:
         """SIGKILL, and wait for it; forked children live on."""

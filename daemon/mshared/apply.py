@@ -7,8 +7,10 @@ back. The change goes on for the others.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
+from signal import SIGKILL
 from typing import Final
 
 from mshared import backing, processes
@@ -17,6 +19,7 @@ from mshared.uffd import Outcome, classify
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
 from msharefs.errors import InternalError
+from msharefs.perms import PROT_RW
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
@@ -41,6 +44,9 @@ def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callab
     before memory moves: children that appear then are armed as they are added, with what this change has armed so
     far.
     """
+    for attachment in region.attachments:
+        _unpoison(attachment)
+    region.changing = True
     try:
         for effect in effects:
             if isinstance(effect, Arm):
@@ -51,6 +57,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callab
                 read_events()
                 _move_memory(region, effect)
     finally:
+        region.changing = False
         region.arming_now.clear()
 
 
@@ -95,6 +102,16 @@ def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:
     attachment.uffd.arm(attachment.region.model.to_guest(attachment.model, ar), arming)
 
 
+def _unpoison(attachment: LiveAttachment) -> None:
+    """Make poisoned pages good that may be touched from now on. Preconditions: they are armed as they were."""
+    model = attachment.region.model
+    for page in list(attachment.poisoned):
+        vma = model.mm.vmas.find(model.to_host(attachment.model, page))
+        if vma is not None and vma.prot & PROT_RW:
+            _try(attachment, partial(attachment.uffd.unpoison, AddrRange.page_at(page)))
+            attachment.poisoned.discard(page)
+
+
 def _zero_fill(attachment: LiveAttachment, page: AddrRange, *, protected: bool) -> Outcome:
     """Install a zero page in the file.
 
@@ -113,17 +130,59 @@ def _zero_fill(attachment: LiveAttachment, page: AddrRange, *, protected: bool) 
 
 
 def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal) -> Outcome:
-    """Signal the thread. One that blocks or ignores the signal is poisoned: as in a kernel, it cannot look away."""
+    """Signal the thread, or fail the system call in which it touched the page.
+
+    In a system call a signal would not even end the fault: the kernel tries again and again. A poisoned page makes the
+    call fail with EFAULT, as it should. A thread that blocks or ignores the signal is poisoned too: as in a kernel, it
+    cannot look away.
+    """
     pid = attachment.model.pid or processes.process_of_thread(tid)
     if pid is None:
         return Outcome.GONE
     tid = processes.thread_seen_from_here(pid, tid)
+    if processes.in_system_call(pid, tid):
+        return _fail_system_call(attachment, pid, tid, addr, signal)
     if processes.would_miss(pid, tid, signal):
         log.info("%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
-        return _try(attachment, lambda: attachment.uffd.poison(AddrRange.page_at(addr)))
+        return _poison(attachment, addr)
     log.info("%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
+    return _send(pid, tid, signal, addr)
+
+
+def _fail_system_call(attachment: LiveAttachment, pid: int, tid: int, addr: Address, signal: Signal) -> Outcome:
+    """EFAULT for a system call. A store to a page that is there cannot be failed: it ends the process.
+
+    It gets its signal, which cannot be delivered before the call ends; when it comes back for the same, SIGKILL.
+    """
+    outcome = _poison(attachment, addr)
+    if outcome is not Outcome.EXISTS:
+        log.info("%s: EFAULT for thread %d at %#x", attachment, tid, addr)
+        return outcome
+    if not processes.is_pending(pid, tid, signal):
+        return _send(pid, tid, signal, addr)
+    log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
+    return _kill(pid)
+
+
+def _poison(attachment: LiveAttachment, addr: Address) -> Outcome:
+    page = AddrRange.page_at(addr)
+    outcome = _try(attachment, lambda: attachment.uffd.poison(page))
+    if outcome is Outcome.SERVED:
+        attachment.poisoned.add(page.start)
+    return outcome
+
+
+def _send(pid: int, tid: int, signal: Signal, addr: Address) -> Outcome:
     try:
         processes.send_fault_signal(pid, tid, signal, addr)
+    except ProcessLookupError:
+        return Outcome.GONE
+    return Outcome.SERVED
+
+
+def _kill(pid: int) -> Outcome:
+    try:
+        os.kill(pid, SIGKILL)
     except ProcessLookupError:
         return Outcome.GONE
     return Outcome.SERVED

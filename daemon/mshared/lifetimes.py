@@ -217,6 +217,9 @@ class Lifetimes:
         region = live.region.model
         if live.model.id not in self._attachments or addr not in live.model.window:
             return
+        if live.region.changing:
+            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+            return
         access = Access.WRITE if flags & (abi.FLAG_WRITE | abi.FLAG_WP) else Access.READ
         fault = Fault(region.to_host(live.model, Address(addr)), access, protected=bool(flags & abi.FLAG_WP))
         outcome = apply.answer_fault(live, Address(addr), tid, region.mm.fault(fault).effect)
@@ -235,7 +238,7 @@ class Lifetimes:
             readonly=parent.model.readonly,
             forked_from=parent.model.id,
         )
-        child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid)
+        child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid, set(parent.poisoned))
         self._add(child)
         self.forks.add(child)
         with contextlib.suppress(OSError):

@@ -18,13 +18,17 @@ from msharefs.region import Attachment, Region
 
 @attrs.define(eq=False)
 class LiveAttachment:
-    """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``."""
+    """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``.
+
+    ``poisoned`` are the pages of its window that were marked such that system calls fail there.
+    """
 
     model: Attachment
     region: LiveRegion
     uffd: Uffd
     anchor: Address
     parent_pid: int | None = None
+    poisoned: set[Address] = attrs.Factory(set)
 
     def __str__(self) -> str:
         """How log lines start."""
@@ -35,8 +39,8 @@ class LiveAttachment:
 class LiveRegion:
     """A region and its files. ``settled`` is set once its creator is attached, or has failed.
 
-    ``arming_now`` is what a change that is under way has armed so far. ``created_ns`` is the wall clock's time, for
-    people.
+    ``changing`` while a change is carried out: faults wait, since the model is ahead of the memory; ``arming_now`` is
+    what it has armed so far. ``created_ns`` is the wall clock's time, for people.
     """
 
     model: Region
@@ -45,6 +49,7 @@ class LiveRegion:
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
+    changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
     _stash: int | None = None
     _filler: Filler | None = None

@@ -18,6 +18,7 @@ _SIGINFO_SIZE: Final = 128
 _SIGINFO: Final = struct.Struct("=iii4xQ")
 """si_signo, si_errno, si_code, and si_addr where the fault signals have it."""
 _PROC: Final = Path("/proc")
+_LOOKS: Final = 20
 
 
 def status_fields(path: Path) -> dict[str, str]:
@@ -76,7 +77,7 @@ def huge_mapped_bytes(pid: int, start: int, end: int) -> int:
     """Bytes of shared memory between two addresses that a process has mapped by 2 MiB entries."""
     total, inside = 0, False
     try:
-        with (_PROC / str(pid) / "smaps").open() as smaps:
+        with (_PROC / str(pid) / "smaps").open(errors="replace", newline="\n") as smaps:  # Names may be any bytes.
             for line in smaps:
                 first, _, rest = line.partition(" ")
                 if "-" in first:
@@ -117,6 +118,28 @@ def would_miss(pid: int, tid: int, signal: Signal) -> bool:
     fields = status_fields(_PROC / str(pid) / "task" / str(tid))
     bit = 1 << (signal - 1)
     return any(int(fields.get(key, "0"), 16) & bit for key in ("SigBlk", "SigIgn"))
+
+
+def in_system_call(pid: int, tid: int) -> bool:
+    """Whether a thread that waits for a fault took it in a system call, on behalf of which the kernel touches memory.
+
+    One that does not sleep (yet) is looked at again a few times, and then taken to run in user mode.
+    """
+    for _ in range(_LOOKS):
+        try:
+            first = (_PROC / str(pid) / "task" / str(tid) / "syscall").read_text().split()[0]
+        except OSError:
+            return False
+        if first != "running":
+            return int(first) >= 0
+        os.sched_yield()
+    return False
+
+
+def is_pending(pid: int, tid: int, signal: Signal) -> bool:
+    """Whether a signal waits to be delivered to a thread."""
+    pending = status_fields(_PROC / str(pid) / "task" / str(tid)).get("SigPnd", "0")
+    return bool(int(pending, 16) & 1 << (signal - 1))
 
 
 def send_fault_signal(pid: int, tid: int, signal: Signal, addr: Address) -> None:

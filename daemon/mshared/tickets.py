@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections import deque
 from typing import Final
 
 import attrs
@@ -25,7 +26,7 @@ _STATX_SIZE: Final = 256
 _STATX_INO_AT: Final = 32
 _STATX_DEV_AT: Final = 136
 CLOSE_PATIENCE: Final = 5.0
-"""Seconds to wait for the close of one descriptor before its thread is left alone."""
+"""Seconds to wait for descriptors to be closed before the thread that does it is left alone."""
 
 
 @attrs.frozen
@@ -61,18 +62,26 @@ def _identify(fd: int) -> tuple[tuple[int, int], int]:
 class Closer:
     """Closes descriptors of one connection off the loop: the last close of a FUSE file waits for its server.
 
-    One at a time, so that a client that sends descriptors which never close holds one thread and itself.
+    One at a time, so that a client that sends descriptors which never close holds one thread and itself. A thread that
+    was left alone closes the rest when it can go on.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(1)
+        self._waiting: deque[int] = deque()
 
     def close(self, fds: list[int]) -> None:
         """Have them closed soon."""
-        for fd in fds:
-            self._nursery.start_soon(self._close, fd)
+        if fds:
+            self._waiting.extend(fds)
+            self._nursery.start_soon(self._close)
 
-    async def _close(self, fd: int) -> None:
-        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_PATIENCE), contextlib.suppress(OSError):
-            await trio.to_thread.run_sync(os.close, fd, abandon_on_cancel=True, limiter=self._limiter)
+    async def _close(self) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_PATIENCE):
+            await trio.to_thread.run_sync(self._close_waiting, abandon_on_cancel=True, limiter=self._limiter)
+
+    def _close_waiting(self) -> None:
+        while self._waiting:
+            with contextlib.suppress(OSError):
+                os.close(self._waiting.popleft())

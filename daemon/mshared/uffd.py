@@ -120,8 +120,19 @@ class Uffd:
         fcntl.ioctl(self.fd, abi.UFFDIO_WAKE, abi.RANGE_STRUCT.pack(ar.start, ar.size))
 
     def poison(self, ar: AddrRange) -> None:
-        """UFFDIO_POISON: the waiting thread dies of a SIGBUS that it cannot block. Leaves a line in dmesg."""
+        """UFFDIO_POISON: the thread gets a SIGBUS that it cannot block, or its system call EFAULT; so do later ones.
+
+        A SIGBUS leaves a line in dmesg.
+        """
         fcntl.ioctl(self.fd, abi.UFFDIO_POISON, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+
+    def unpoison(self, ar: AddrRange) -> None:
+        """Put what the file has at one page, or zeros, in the place of a poison mark. Raises OSError."""
+        request = abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0)
+        try:
+            fcntl.ioctl(self.fd, abi.UFFDIO_CONTINUE, request)
+        except OSError:  # The file has no page there.
+            fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, request)
 
     def is_alive(self) -> bool:
         """Whether its address space still exists: neither ended nor replaced by exec.

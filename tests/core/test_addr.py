@@ -50,6 +50,7 @@ def test_sizes_are_those_of_x86_64() -> None:
 
 
 def test_the_daemons_window_is_made_of_user_addresses_and_of_whole_top_level_entries() -> None:
+    assert (USER_MIN, USER_MAX) == (0x10000, 0x7FFF_FFFF_F000)
     assert USER_MIN < WINDOW_START < WINDOW_END <= USER_MAX
     assert ar(WINDOW_START, WINDOW_END).is_aligned(PGDIR_SIZE)
 

@@ -262,6 +262,31 @@ class TestMprotect:
         assert mapped(mm) == [(0, 2, PROT_RW), (4, 8, PROT_RW)]
 
 
+class TestMadviseRemove:
+    """Memory back, zeros in its place, for everybody."""
+
+    def test_contents_go_and_the_mapping_stays(self) -> None:
+        mm = mm_with((0, 8, PROT_RW))
+        mm.sync([pages(0, 8)], huge=False)
+        assert mm.madvise_remove(pages(2, 4)) == [Punch(pages(2, 4))]
+        assert mapped(mm) == [(0, 8, PROT_RW)]
+        assert [run for run, _ in installed(mm)] == [pages(0, 2), pages(4, 8)]
+        check_mm(mm)
+
+    @pytest.mark.parametrize("prot", [Prot.READ, Prot.NONE])
+    def test_what_may_not_be_written_may_not_be_zeroed(self, prot: Prot) -> None:
+        mm = mm_with((0, 4, PROT_RW), (4, 8, prot))
+        mm.sync([pages(0, 8)], huge=False)
+        resident = mm.table.resident
+        with pytest.raises(AccessDeniedError, match="may not be written"):
+            mm.madvise_remove(pages(2, 6))
+        assert mm.table.resident == resident
+
+    def test_a_hole_in_the_range_is_enomem(self) -> None:
+        with pytest.raises(NoMemoryError, match="not mapped throughout"):
+            mm_with((0, 4, PROT_RW)).madvise_remove(pages(2, 6))
+
+
 BAD_RANGES = {
     "outside": pages(END, END + 1),
     "sticking out above": pages(END - 1, END + 1),
@@ -273,6 +298,7 @@ CALLS: dict[str, Callable[[HostMm, AddrRange], object]] = {
     "mmap": lambda mm, ar: mm.mmap(ar, ar.size, fixed=True, replace=True),
     "munmap": lambda mm, ar: mm.munmap(ar),
     "mprotect": lambda mm, ar: mm.mprotect(ar, Prot.READ),
+    "madvise_remove": lambda mm, ar: mm.madvise_remove(ar),
 }
 
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Arm, Effect, Punch, Signal, Stash, Unstash, ZeroFill
-from msharefs.errors import ExistsError, NoMemoryError
+from msharefs.errors import AccessDeniedError, ExistsError, NoMemoryError
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
@@ -252,6 +252,18 @@ class HostMmMachine(RuleBasedStateMachine):
         before = self.asked.copy()
         self.asked.protect(span, prot)
         self.follow(before, self.mm.mprotect(self.ar(span), prot))
+
+    @rule(span=spans())
+    def madvise_remove(self, span: range) -> None:
+        if not self.asked.writable().issuperset(span):
+            error = AccessDeniedError if self.asked.prots.keys() >= set(span) else NoMemoryError
+            with pytest.raises(error):
+                self.mm.madvise_remove(self.ar(span))
+            return
+        before = self.asked.copy()
+        for page in span:
+            self.asked.contents.pop(page, None)
+        self.follow(before, self.mm.madvise_remove(self.ar(span)))
 
     # The processes.
 

@@ -6,7 +6,18 @@ import mmap
 
 import pytest
 
-from msharefs.perms import PROT_RW, Access, Credentials, FileAccess, Ownership, Prot
+from msharefs.perms import (
+    MAP_REFPAGE,
+    MAP_SHARED_PT,
+    PROT_RW,
+    Access,
+    Advice,
+    Credentials,
+    FileAccess,
+    MapFlag,
+    Ownership,
+    Prot,
+)
 
 R, W, X = FileAccess.READ, FileAccess.WRITE, FileAccess.EXEC
 OWNER, GROUP, OTHER = Credentials(10, 20), Credentials(11, 20), Credentials(11, 21)
@@ -14,8 +25,33 @@ BY_EXTRA_GROUP = Credentials(11, 21, frozenset({5, 20}))
 ROOT = Credentials(0, 0)
 
 
-def test_numbers_are_those_of_the_mmap_module() -> None:
+def test_protections_have_the_numbers_of_linux() -> None:
     assert (Prot.READ, Prot.WRITE, Prot.EXEC) == (mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC)
+
+
+NEWER = {
+    "MAP_FIXED": 0x10,
+    "MAP_NORESERVE": 0x4000,
+    "MAP_FIXED_NOREPLACE": 0x100000,
+    "MADV_COLD": 20,
+    "MADV_PAGEOUT": 21,
+    "MADV_POPULATE_READ": 22,
+    "MADV_POPULATE_WRITE": 23,
+    "MADV_COLLAPSE": 25,
+}
+"""What Python's mmap module does not know, from mman.h of Linux on x86-64."""
+
+
+@pytest.mark.parametrize("member", [*MapFlag, *Advice], ids=lambda member: member.name)
+def test_flags_and_advice_have_the_numbers_of_linux(member: MapFlag | Advice) -> None:
+    name = f"{'MAP' if isinstance(member, MapFlag) else 'MADV'}_{member.name}"
+    assert member == NEWER.get(name, getattr(mmap, name, None))
+
+
+@pytest.mark.parametrize("flag", [MAP_SHARED_PT, MAP_REFPAGE])
+def test_our_own_flags_are_none_of_linux(flag: int) -> None:
+    assert flag.bit_count() == 1
+    assert not flag & sum(MapFlag)
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,38 @@ class TestWholeMessages:
     def test_defaults_may_be_left_out(self) -> None:
         assert decode(packet({"op": "get_stat"})) == (protocol.GetStat(None), 0)
 
+    @pytest.mark.parametrize("number", [-(1 << 63), -1, 0, (1 << 64) - 1])
+    def test_numbers_of_64_bits_arrive(self, number: int) -> None:
+        assert decode(encode(protocol.Detach(number)))[0] == protocol.Detach(number)
+
     def test_names_of_any_bytes_arrive(self) -> None:
         name = b"caf\xe9 \xff".decode("utf-8", "surrogateescape")
         assert decode(encode(protocol.Remove(name)))[0] == protocol.Remove(name)
+
+
+class TestFitting:
+    """Lists that are longer than a packet are sent in parts."""
+
+    @pytest.mark.parametrize(
+        "name", ["a", "x" * 255, "\udcff" * 255, "\0" * 255], ids=["short", "long", "bytes", "nul"]
+    )
+    def test_what_fits_fits_and_little_room_is_left(self, name: str) -> None:
+        most, ids = (1 << 64) - 1, dict.fromkeys(("uid", "gid", "mode", "attached"), (1 << 32) - 1)
+        region = protocol.RegionName(name=name, address=most, size=most, backing="hugetlb", **ids)
+        count = protocol.fitting([region] * 2000)
+        assert count > 0
+        assert len(encode(protocol.Listing((region,) * count, more=True))) <= MAX_PACKET
+        assert len(encode(protocol.Listing((region,) * (2 * count), more=True))) > MAX_PACKET
+
+    def test_mappings_fit_too(self) -> None:
+        vma = protocol.Vma((1 << 64) - 1, (1 << 64) - 1, 3, paged=False, resident=(1 << 64) - 1)
+        count = protocol.fitting([vma] * 2000)
+        assert len(encode(protocol.Maps((vma,) * count, more=True))) <= MAX_PACKET
+        assert len(encode(protocol.Maps((vma,) * (2 * count), more=True))) > MAX_PACKET
+
+    def test_a_short_list_goes_whole(self) -> None:
+        assert protocol.fitting([]) == 0
+        assert protocol.fitting([protocol.Vma(0, 4096, 3, paged=False, resident=0)] * 3) == 3
 
 
 class TestHeader:

@@ -49,7 +49,7 @@ class Copy(ctypes.Structure):
 
 
 class Fill(ctypes.Structure):
-    """struct uffdio_zeropage and struct uffdio_poison."""
+    """struct uffdio_zeropage, struct uffdio_continue and struct uffdio_poison."""
 
     _fields_ = (("range", Range), ("mode", ctypes.c_uint64), ("done", ctypes.c_int64))
 
@@ -98,6 +98,7 @@ IOCTLS = [
     ("UFFDIO_COPY", READ | WRITE, 0x03, ctypes.sizeof(Copy)),
     ("UFFDIO_ZEROPAGE", READ | WRITE, 0x04, ctypes.sizeof(Fill)),
     ("UFFDIO_WRITEPROTECT", READ | WRITE, 0x06, ctypes.sizeof(WriteProtect)),
+    ("UFFDIO_CONTINUE", READ | WRITE, 0x07, ctypes.sizeof(Fill)),
     ("UFFDIO_POISON", READ | WRITE, 0x08, ctypes.sizeof(Fill)),
     ("UFFDIO_API", READ | WRITE, 0x3F, ctypes.sizeof(Api)),
 ]

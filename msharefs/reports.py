@@ -1,0 +1,60 @@
+"""What is told of regions, over the socket and to people."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen
+class RegionStat:
+    """What ``stat`` tells. Bytes unless said otherwise.
+
+    ``attached`` counts processes, ``faults`` those the daemon served. ``tables`` counts table pages of the host mm by
+    level. ``table_bytes_private`` is what the attached processes would need with tables of their own,
+    ``table_bytes_shared`` what one shared set takes, ``table_bytes_kernel`` what the kernel uses for them in fact
+    (the sum of VmPTE, everything else in those processes included).
+    """
+
+    name: str
+    address: int
+    size: int
+    backing: str
+    uid: int
+    gid: int
+    mode: int
+    attached: int
+    resident: int
+    faults: int
+    vmas: int
+    tables: dict[str, int]
+    table_bytes_private: int
+    table_bytes_shared: int
+    table_bytes_kernel: int
+    tables_shared: bool
+    huge_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Vma:
+    """One mapping inside a region, as the client sees it: offset and length in bytes, protection as PROT_*."""
+
+    offset: int
+    length: int
+    prot: int
+    paged: bool
+    resident: int
+
+
+@attrs.frozen
+class RegionName:
+    """One line of a listing: what the mount's directory shows anybody, and the number of attached processes."""
+
+    name: str
+    address: int
+    size: int
+    backing: str
+    uid: int
+    gid: int
+    mode: int
+    attached: int
