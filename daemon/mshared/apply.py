@@ -133,35 +133,28 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
     """Signal the thread, or fail the system call in which it touched the page.
 
     In a system call a signal would not even end the fault: the kernel tries again and again. A poisoned page makes the
-    call fail with EFAULT, as it should. A thread that blocks or ignores the signal is poisoned too: as in a kernel, it
-    cannot look away.
+    call fail with EFAULT, as it should; a page that is there, and protected, cannot be poisoned, and then the process
+    ends. A thread that blocks or ignores the signal is poisoned too: as in a kernel, it cannot look away.
     """
     pid = attachment.model.pid or processes.process_of_thread(tid)
     if pid is None:
         return Outcome.GONE
     tid = processes.thread_seen_from_here(pid, tid)
-    if processes.in_system_call(pid, tid):
-        return _fail_system_call(attachment, pid, tid, addr, signal)
+    # A thread that comes back with its signal still pending has not been in user mode since.
+    pending = processes.is_pending(pid, tid, signal)
+    if pending or processes.in_system_call(pid, tid):
+        outcome = _poison(attachment, addr)
+        if outcome is not Outcome.EXISTS:
+            log.info("%s: EFAULT for thread %d at %#x", attachment, tid, addr)
+            return outcome
+    if pending:
+        log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
+        return _kill(pid)
     if processes.would_miss(pid, tid, signal):
         log.info("%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
         return _poison(attachment, addr)
     log.info("%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
     return _send(pid, tid, signal, addr)
-
-
-def _fail_system_call(attachment: LiveAttachment, pid: int, tid: int, addr: Address, signal: Signal) -> Outcome:
-    """EFAULT for a system call. A store to a page that is there cannot be failed: it ends the process.
-
-    It gets its signal, which cannot be delivered before the call ends; when it comes back for the same, SIGKILL.
-    """
-    outcome = _poison(attachment, addr)
-    if outcome is not Outcome.EXISTS:
-        log.info("%s: EFAULT for thread %d at %#x", attachment, tid, addr)
-        return outcome
-    if not processes.is_pending(pid, tid, signal):
-        return _send(pid, tid, signal, addr)
-    log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
-    return _kill(pid)
 
 
 def _poison(attachment: LiveAttachment, addr: Address) -> Outcome:

@@ -103,17 +103,20 @@ class TmpfsStore(BackingStore):
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
         self._landlock = landlock.is_available()
-        size = f"size={'90%' if max_bytes is None else max_bytes}"
         if not self._landlock:
             self._note("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
         try:
-            self._mount(BackingKind.THP, f"{size},huge=always")
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._note("this kernel has no huge pages for tmpfs: the default backing is 4k")
-        self._mount(BackingKind.SMALL, size)
+            self._mount_all(f"size={'90%' if max_bytes is None else max_bytes}")
+        except BaseException:
+            self.close()
+            raise
         self.kinds = tuple(self._readonly)
+
+    def why_not(self, kind: BackingKind) -> str:
+        """Why a kind cannot be had, and the cure."""
+        if kind is BackingKind.THP:
+            return "backing thp needs huge pages for tmpfs, which this kernel does not have; use 4k"
+        return super().why_not(kind)
 
     def capacity(self) -> tuple[int, int]:
         """As the mount of the default kind tells."""
@@ -132,8 +135,17 @@ class TmpfsStore(BackingStore):
         log.warning("%s", text)
         self.notes += (text,)
 
+    def _mount_all(self, size: str) -> None:
+        try:
+            self._mount(BackingKind.THP, f"{size},huge=always")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._note("this kernel has no huge pages for tmpfs: the default backing is 4k")
+        self._mount(BackingKind.SMALL, size)
+
     def _mount(self, kind: BackingKind, options: str) -> None:
-        """Mount one tmpfs. Raises OSError with nothing left."""
+        """Mount one tmpfs. Raises OSError; what is mounted then is in ``_readonly``."""
         place = self._root / kind
         place.mkdir(mode=0o700, exist_ok=True)
         try:
@@ -141,6 +153,7 @@ class TmpfsStore(BackingStore):
         except OSError:
             place.rmdir()
             raise
+        self._readonly[kind] = None
         self._readonly[kind] = mounts.readonly_copy(place)
 
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:

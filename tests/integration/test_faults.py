@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 import pytest
@@ -130,3 +131,43 @@ def test_paging_all_serves_readers(
     writer.do("r.buf[: 16 * PAGE : PAGE] = b'x' * 16")
     assert reader.ask("bytes(r.buf[: 16 * PAGE : PAGE]).decode()") == "x" * 16
     assert reader.ask("r.stat().faults") == 16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "os.write(pipe[1], r.buf[2 * MIB : 2 * MIB + 10])",
+        "os.preadv(zero, [r.buf[2 * MIB : 2 * MIB + 10]], 0)",
+        "os.preadv(zero, [r.buf[3 * MIB + 5 : 3 * MIB + 6]], 0)",
+        "pair[0].recv_into(r.buf[2 * MIB : 2 * MIB + 10])",
+        "pair[1].send(r.buf[2 * MIB : 2 * MIB + 10])",
+    ],
+)
+def test_a_system_call_on_a_hole_fails_and_the_process_lives(
+    client: Callable[..., Client], name: str, call: str
+) -> None:
+    c = client()
+    c.do(CREATE_WITH_HOLE.format(name=name))
+    c.do(
+        "pipe = os.pipe(); zero = os.open('/dev/zero', os.O_RDONLY); pair = socket.socketpair(); pair[1].send(b'x' * 10)"
+    )
+    assert c.error_of(call).errno == errno.EFAULT
+    assert c.ask("r.buf[0]") == 7
+
+
+def test_system_calls_work_on_native_and_paged_memory(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], daemon: Daemon, name: str
+) -> None:
+    for of in (daemon, start_daemon("--paging", "all")):
+        c = client(of)
+        c.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE); pipe = os.pipe()")
+        c.do("os.write(pipe[1], r.buf[: 2 * PAGE]); os.readv(pipe[0], [r.buf[4 * PAGE : 6 * PAGE]])")
+        c.do("os.write(pipe[1], b'hello'); os.readv(pipe[0], [r.buf[8 * PAGE - 2 : 8 * PAGE + 3]])")
+        assert c.ask("bytes(r.buf[8 * PAGE - 2 : 8 * PAGE + 3]).decode()") == "hello"
+
+
+def test_a_system_call_that_stores_to_protected_memory_does_not_hang(client: Callable[..., Client], name: str) -> None:
+    """The kernel would try for ever; it ends the process."""
+    c = client()
+    c.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE); r.buf[0] = 1; r.mprotect(0, PAGE, 1)")
+    assert c.dies_of("os.preadv(os.open('/dev/zero', os.O_RDONLY), [r.buf[:10]], 0)")[0] in (-9, -SIGSEGV)
