@@ -13,7 +13,7 @@ import enum
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.vma import Arming
+from msharefs.vma import Arming, FileId
 
 
 class Signal(enum.IntEnum):
@@ -70,10 +70,35 @@ class ZeroFill:
 
 
 @attrs.frozen
-class Wake:
-    """Threads of every attachment that wait in ``ar`` try again (UFFDIO_WAKE)."""
+class Allow:
+    """The process that waits there may store to ``ar`` from now on (UFFDIO_WRITEPROTECT), and goes on."""
 
     ar: AddrRange
+
+
+@attrs.frozen
+class Fill:
+    """What lies at ``offset`` of a file appears in ``ar``, and who waits there goes on."""
+
+    ar: AddrRange
+    file: FileId
+    offset: int
+
+
+@attrs.frozen
+class Protect:
+    """The next store to ``ar`` is reported, in every attachment. Preconditions: it is armed with WP."""
+
+    ar: AddrRange
+
+
+@attrs.frozen
+class WriteBack:
+    """What memory holds of ``ar`` goes to a file, from ``offset`` on, as far as the file reaches."""
+
+    ar: AddrRange
+    file: FileId
+    offset: int
 
 
 @attrs.frozen
@@ -84,4 +109,8 @@ class Deliver:
     addr: Address
 
 
-Effect = Arm | Punch | Stash | Unstash | ZeroFill | Wake | Deliver
+Answer = Allow | Deliver | Fill | ZeroFill
+"""What a fault can come to."""
+Change = Arm | Protect | Punch | Stash | Unstash | WriteBack
+"""What a call can come to."""
+Effect = Answer | Change

@@ -87,6 +87,12 @@ class NotSupportedError(MshareError):
     errno = errno.EOPNOTSUPP
 
 
+class NoDeviceError(MshareError):
+    """A file of a kind that cannot be mapped."""
+
+    errno = errno.ENODEV
+
+
 class BadDescriptorError(MshareError):
     """A descriptor that is not what the request needs, or too many or too few of them."""
 

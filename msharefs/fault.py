@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Deliver, Signal, Wake, ZeroFill
+from msharefs.effects import Allow, Answer, Deliver, Fill, Signal, ZeroFill
 from msharefs.page_table import Pte, pte_flags
 from msharefs.perms import Access, Prot
 
@@ -31,7 +31,7 @@ class Fault:
 class Resolution:
     """What to do about a fault (compare vm_fault_t)."""
 
-    effect: Deliver | Wake | ZeroFill
+    effect: Answer
 
     @property
     def signal(self) -> Signal | None:
@@ -42,9 +42,9 @@ class Resolution:
 def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     """Decide one fault and install what it brings.
 
-    1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that was protected
-    when the thread stopped, and may be stored to by now, needs a wake only. 4. Make the page: one that
-    the kernel misses is missing, whatever the tables say. 5. Install it and go on.
+    1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that is there and
+    protected may be stored to from now on. 4. Make the page: one that the kernel misses is missing, whatever the tables
+    say. 5. Install it and go on; what comes from a file is installed when it has been read.
     """
     vma = mm.vmas.find(fault.addr)
     if vma is None:
@@ -53,6 +53,10 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         return Resolution(Deliver(Signal.SIGSEGV, fault.addr))
     page = AddrRange.page_at(fault.addr)
     if fault.protected:
-        return Resolution(Wake(page))
+        mm.stored_to(page)
+        return Resolution(Allow(page))
+    source = vma.source_at(page.start)
+    if source is not None:
+        return Resolution(Fill(page, source.file, source.offset))
     mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
     return Resolution(ZeroFill(page, protected=not vma.prot & Prot.WRITE))

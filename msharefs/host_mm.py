@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 import attrs
@@ -20,12 +18,13 @@ from msharefs.addr import (
     round_down,
     round_up,
 )
-from msharefs.effects import Arm, Effect, Punch, Signal, Stash, Unstash
-from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError, NoMemoryError
+from msharefs.armings import changes, page_within, united
+from msharefs.effects import Arm, Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
+from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError, NoMemoryError, NotSupportedError
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.page_table import FRAMES_IN_PMD, PageTable, Pte, PteFlag, pte_flags
 from msharefs.perms import PROT_RW, Prot
-from msharefs.vma import Arming, Vma
+from msharefs.vma import Arming, FileId, FileSource, Vma
 from msharefs.vma_set import VmaSet
 
 MAX_VMAS = 16_000
@@ -71,34 +70,37 @@ class HostMm:
         fixed: bool = False,
         replace: bool = False,
         align: int = PAGE_SIZE,
-    ) -> tuple[AddrRange, list[Effect]]:
-        """Map anonymous memory; the range and the effects (compare mm/mmap.c:do_mmap).
+        source: FileSource | None = None,
+    ) -> tuple[AddrRange, list[Change]]:
+        """Map anonymous memory, or a file; the range and the effects (compare mm/mmap.c:do_mmap).
 
         ``ar`` None, or taken and not ``fixed``: the lowest gap. ``fixed`` without ``replace`` is MAP_FIXED_NOREPLACE,
         with it MAP_FIXED. Raises InvalidArgumentError, ExistsError, NoMemoryError (no gap), AccessDeniedError for
-        PROT_EXEC.
+        PROT_EXEC, and for stores that cannot reach the file.
         """
         _check_prot(prot)
+        _check_store(source, prot)
         self._check_count()
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
         before = self._armings(self._granules(place))
-        moves: list[Effect] = []
+        moves = self.write_back(place)
         if self.vmas.remove(place):
             self.table.clear_range(place)
             moves.append(Punch(place))
-        self.vmas.insert(Vma(place, prot))
+        self.vmas.insert(Vma(place, prot, source))
         return place, self._rearm(place, before, moves)
 
-    def munmap(self, ar: AddrRange) -> list[Effect]:
+    def munmap(self, ar: AddrRange) -> list[Change]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
         self._check_range(ar)
         self._check_count()
         before = self._armings(self._granules(ar))
+        moves = [*self.write_back(ar), Punch(ar)]
         self.vmas.remove(ar)
         self.table.clear_range(ar)
-        return self._rearm(ar, before, [Punch(ar)])
+        return self._rearm(ar, before, moves)
 
-    def mprotect(self, ar: AddrRange, prot: Prot) -> list[Effect]:
+    def mprotect(self, ar: AddrRange, prot: Prot) -> list[Change]:
         """Change the protection of ``ar`` (compare mm/mprotect.c:do_mprotect_pkey).
 
         Raises NoMemoryError when a part of it is not mapped, AccessDeniedError for PROT_EXEC.
@@ -106,32 +108,71 @@ class HostMm:
         _check_prot(prot)
         self.check_mapped(ar)
         self._check_count()
+        for vma in self.vmas.overlapping(ar):
+            _check_store(vma.source, prot)
         before = self._armings(self._granules(ar))
-        moves: list[Effect] = []
+        moves = self.write_back(ar) if not prot & Prot.WRITE else []
         for vma in self.vmas.remove(ar):
-            if vma.prot & PROT_RW and not prot & PROT_RW:
-                moves.append(Stash(vma.ar))
-            elif prot & PROT_RW and not vma.prot & PROT_RW:
-                moves.append(Unstash(vma.ar))
+            moves += _moves_of_contents(vma, prot)
             self.vmas.insert(attrs.evolve(vma, prot=prot))
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
         return self._rearm(ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
 
-    def madvise_remove(self, ar: AddrRange) -> list[Effect]:
+    def madvise_remove(self, ar: AddrRange) -> list[Change]:
         """Have zeros in ``ar``, for everybody, and its memory back (compare mm/madvise.c:madvise_remove).
 
         Raises NoMemoryError when a part of it is not mapped, AccessDeniedError when one may not be written.
         """
         self.check_mapped(ar)
-        if not all(vma.prot & Prot.WRITE for vma in self.vmas.overlapping(ar)):
+        vmas = self.vmas.overlapping(ar)
+        if not all(vma.prot & Prot.WRITE for vma in vmas):
             raise AccessDeniedError(f"{ar} may not be written throughout; mprotect it first")
+        if any(vma.source for vma in vmas):
+            raise NotSupportedError("MADV_REMOVE of a file's mapping: punch the file instead")
         self.table.clear_range(ar)
         return [Punch(ar)]
 
     def fault(self, fault: Fault) -> Resolution:
         """Decide a fault the kernel reported; see ``msharefs.fault``."""
         return handle_fault(self, fault)
+
+    def write_back(self, ar: AddrRange) -> list[Change]:
+        """What was stored to shared files in ``ar`` goes to them (compare write_cache_pages); it is clean then.
+
+        They are protected first, so that a store during the copy is reported, and counts.
+        """
+        effects: list[Change] = []
+        for vma in self.vmas.overlapping(ar):
+            if vma.source is None or not vma.source.shared:
+                continue
+            for run in self.dirty(vma.clipped(ar).ar):
+                source = vma.source_at(run.start)
+                assert source is not None
+                effects += [Protect(run), WriteBack(run, source.file, source.offset)]
+                self.table.change_flags(run, add=PteFlag.UFFD_WP, drop=PteFlag.DIRTY | PteFlag.WRITE)
+        return effects
+
+    def dirty(self, ar: AddrRange) -> list[AddrRange]:
+        """Pages of shared files that were stored to and not written back, in order."""
+        return united(run for run, pte in self.table.runs(ar) if pte.flags & PteFlag.DIRTY)
+
+    def filled(self, ar: AddrRange) -> None:
+        """Enter pages that were filled from their file. Preconditions: the tables hold nothing there."""
+        for vma in self.vmas.overlapping(ar):
+            part = vma.clipped(ar).ar
+            clean = Prot.READ if vma.source is not None and vma.source.shared else vma.prot
+            self.table.set_range(part, self.frame_at(part.start), pte_flags(clean))
+
+    def stored_to(self, page: AddrRange) -> None:
+        """Note a store to a page that was protected: of a shared file it is dirty from now on."""
+        vma = self.vmas.find(page.start)
+        if vma is not None and vma.source is not None and vma.source.shared:
+            self.table.set_range(page, self.frame_at(page.start), pte_flags(vma.prot) | PteFlag.DIRTY)
+
+    def files(self) -> set[FileId]:
+        """The files that are mapped somewhere."""
+        return {vma.source.file for vma in self.vmas if vma.source is not None}
 
     def armings(self) -> Iterator[tuple[AddrRange, Arming]]:
         """What a new attachment must be armed with, in order: ranges that are not native."""
@@ -143,11 +184,14 @@ class HostMm:
         ``present`` are the ranges that hold data, in order, as SEEK_DATA and SEEK_HOLE tell; with ``huge``, whole
         2 MiB of them are installed as leaves. What lies outside the VMAs that may be touched is left out.
         """
+        dirty = self.dirty(self.ar)
         self.table.clear_range(self.ar)
         for data in present:
             inside = data.intersect(self.ar)
             if inside is not None:
                 self._install(inside, huge=huge)
+        for run in dirty:
+            self.table.set_range(run, self.frame_at(run.start), pte_flags(PROT_RW) | PteFlag.DIRTY)
 
     def shared_granule_holes(self) -> list[AddrRange]:
         """The parts of holes that share a granule with memory, in order.
@@ -155,7 +199,7 @@ class HostMm:
         Whoever writes to that memory through the file, past the page tables, has a whole granule filled, these parts
         included: they are to be punched afterwards.
         """
-        edges = _united(
+        edges = united(
             sorted(AddrRange.page_at(a, self.granule) for v in self.vmas for a in (v.ar.start, v.ar.end - 1))
         )
         inside = (edge.intersect(self.ar) for edge in edges)
@@ -170,7 +214,7 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             if not vma.prot & PROT_RW:
                 continue
-            flags = pte_flags(vma.prot)
+            flags = pte_flags(Prot.READ if vma.source is not None and vma.source.shared else vma.prot)
             for piece in vma.clipped(ar).ar.pieces(PMD_SIZE):
                 frame = self.frame_at(piece.start)
                 if huge and piece.size == PMD_SIZE and frame % FRAMES_IN_PMD == 0:
@@ -199,9 +243,9 @@ class HostMm:
         parts = [(hole, self._arming(None)) for hole in self.vmas.holes(area)]
         parts += [(vma.clipped(area).ar, self._arming(vma)) for vma in self.vmas.overlapping(area)]
         parts.sort()
-        paged = _united(self._granules(part) for part, arming in parts if arming & Arming.MISSING)
+        paged = united(self._granules(part) for part, arming in parts if arming & Arming.MISSING)
         merged: list[tuple[AddrRange, Arming]] = []
-        for piece, arming in _page_within(parts, paged):
+        for piece, arming in page_within(parts, paged):
             inside = piece.intersect(ar)
             if inside is None:
                 continue
@@ -219,18 +263,18 @@ class HostMm:
         self,
         ar: AddrRange,
         before: list[tuple[AddrRange, Arming]],
-        moves: list[Effect],
+        moves: list[Change],
         *,
         also: Arming = Arming.NATIVE,
-    ) -> list[Effect]:
+    ) -> list[Change]:
         """Arm the granules of ``ar`` as they are mapped now, around ``moves`` of the contents of ``ar``.
 
         While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
         ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
         """
-        first: list[Effect] = []
-        last: list[Effect] = []
-        for piece, old, new in _changes(before, self._armings(self._granules(ar)), [ar.start, ar.end]):
+        first: list[Change] = []
+        last: list[Change] = []
+        for piece, old, new in changes(before, self._armings(self._granules(ar)), [ar.start, ar.end]):
             between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
             if between != old:
                 first.append(Arm(piece, between))
@@ -273,50 +317,23 @@ class HostMm:
             raise InvalidArgumentError(f"{ar} is not inside the region {self.ar}")
 
 
-def _united(ranges: Iterable[AddrRange]) -> list[AddrRange]:
-    """The same addresses in ranges that neither overlap nor touch. Preconditions: ``ranges`` are in order."""
-    united: list[AddrRange] = []
-    for ar in ranges:
-        if united and ar.start <= united[-1].end:
-            last = united.pop()
-            united.append(AddrRange(last.start, max(last.end, ar.end)))
-        else:
-            united.append(ar)
-    return united
+def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
+    """What becomes of the contents of ``vma`` when its protection turns to ``prot``.
+
+    What nobody may touch waits in the stash; of a shared file, in the file.
+    """
+    hides, shows = not prot & PROT_RW, not vma.prot & PROT_RW
+    if hides == shows:
+        return []
+    if vma.source is not None and vma.source.shared:
+        return [Punch(vma.ar)] if hides else []
+    return [Stash(vma.ar) if hides else Unstash(vma.ar)]
 
 
-def _cut(ar: AddrRange, borders: list[Address]) -> Iterator[AddrRange]:
-    """``ar`` cut at each of ``borders``, which are in order."""
-    inner = borders[bisect_right(borders, ar.start) : bisect_left(borders, ar.end)]
-    return (AddrRange(start, end) for start, end in itertools.pairwise([ar.start, *inner, ar.end]))
-
-
-def _page_within(parts: list[tuple[AddrRange, Arming]], paged: list[AddrRange]) -> Iterator[tuple[AddrRange, Arming]]:
-    """``parts`` cut at the borders of ``paged``, within which MISSING is added. Preconditions: both are in order."""
-    borders = [border for ar in paged for border in (ar.start, ar.end)]
-    for part, arming in parts:
-        for piece in _cut(part, borders):
-            inside = bisect_right(borders, piece.start) % 2
-            yield piece, arming | Arming.MISSING if inside else arming
-
-
-def _changes(
-    before: list[tuple[AddrRange, Arming]], after: list[tuple[AddrRange, Arming]], borders: list[Address]
-) -> Iterator[tuple[AddrRange, Arming, Arming]]:
-    """Pieces armed in one way before and in one way after, cut at ``borders`` too. Both lists cover the same range."""
-    was, now = iter(before), iter(after)
-    old_ar, old = next(was)
-    new_ar, new = next(now)
-    while True:
-        common = old_ar.intersect(new_ar)
-        assert common is not None
-        yield from ((piece, old, new) for piece in _cut(common, borders))
-        if common.end == before[-1][0].end:
-            return
-        if old_ar.end == common.end:
-            old_ar, old = next(was)
-        if new_ar.end == common.end:
-            new_ar, new = next(now)
+def _check_store(source: FileSource | None, prot: Prot) -> None:
+    """A store to a shared mapping must be able to reach the file."""
+    if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
+        raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
 
 
 def _check_prot(prot: Prot) -> None:

@@ -182,13 +182,17 @@ class GetMaps:
 
 @attrs.frozen
 class Mmap:
-    """Client: map memory inside the region; protection and flags as in mmap(2), ``offset`` None for any gap."""
+    """Client: map memory inside the region; protection and flags as in mmap(2), ``offset`` None for any gap.
+
+    Without MAP_ANONYMOUS one descriptor, the opened file, which is shown from ``file_offset`` on.
+    """
 
     attachment: int
     offset: int | None
     length: int
     prot: int
     flags: int
+    file_offset: int = 0
 
 
 @attrs.frozen
@@ -228,6 +232,15 @@ class Madvise:
 
 
 @attrs.frozen
+class Msync:
+    """Client: have what was stored to shared files in a range reach them. ``length`` None: all from ``offset`` on."""
+
+    attachment: int
+    offset: int
+    length: int | None
+
+
+@attrs.frozen
 class GetList:
     """Client: list the regions of the mount. ``after``: those whose names come later."""
 
@@ -264,7 +277,7 @@ class Listing:
 
 
 Attaching = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove
-Changing = Mmap | Munmap | Mprotect | Madvise
+Changing = Mmap | Munmap | Mprotect | Madvise | Msync
 Request = Attaching | Changing | GetStat | GetMaps | GetList
 Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
 Message = Request | Reply
@@ -286,6 +299,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "munmap": Munmap,
     "mprotect": Mprotect,
     "madvise": Madvise,
+    "msync": Msync,
     "placed": Placed,
     "welcome": Welcome,
     "exists": Exists,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
+from typing import NewType
 
 import attrs
 
 from msharefs.addr import Address, AddrRange
 from msharefs.perms import PROT_RW, Prot
+
+FileId = NewType("FileId", int)
+"""Number of a file that is mapped into a region, never given twice in it."""
 
 
 class Arming(enum.IntFlag):
@@ -19,36 +23,62 @@ class Arming(enum.IntFlag):
 
 
 @attrs.frozen
+class FileSource:
+    """The file that a VMA shows: ``offset`` is what lies at its start, in bytes.
+
+    ``shared``: stores reach the file (MAP_SHARED); otherwise they stay in the region. ``writable``: the descriptor was
+    opened for writing.
+    """
+
+    file: FileId
+    offset: int
+    shared: bool
+    writable: bool
+
+
+@attrs.frozen
 class Vma:
     """What was *asked* for ``ar``. What is *installed* there is the page table's business.
 
-    All memory of a region is shared by its processes, so a VMA needs no copy of MAP_PRIVATE's meaning.
+    Anonymous memory of a region is shared by its processes, whichever of MAP_SHARED and MAP_PRIVATE was asked for.
     """
 
     ar: AddrRange
     prot: Prot = PROT_RW
+    source: FileSource | None = None
 
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
-        return attrs.evolve(self, ar=AddrRange(max(self.ar.start, ar.start), min(self.ar.end, ar.end)))
+        start, end = max(self.ar.start, ar.start), min(self.ar.end, ar.end)
+        return attrs.evolve(self, ar=AddrRange(start, end), source=self.source_at(start))
 
     def split(self, addr: Address) -> tuple[Vma, Vma]:
         """The parts below and from ``addr`` (compare mm/vma.c:split_vma). Preconditions: strictly inside."""
-        return (
-            attrs.evolve(self, ar=AddrRange(self.ar.start, addr)),
-            attrs.evolve(self, ar=AddrRange(addr, self.ar.end)),
-        )
+        return self.clipped(AddrRange(self.ar.start, addr)), self.clipped(AddrRange(addr, self.ar.end))
 
     def extended(self, end: Address) -> Vma:
         """This VMA, going on to ``end``."""
         return attrs.evolve(self, ar=AddrRange(self.ar.start, end))
 
+    def source_at(self, addr: Address) -> FileSource | None:
+        """The file, and what of it lies at ``addr`` (compare vma->vm_pgoff)."""
+        if self.source is None:
+            return None
+        return attrs.evolve(self.source, offset=self.source.offset + addr - self.ar.start)
+
     def merges_with(self, above: Vma) -> bool:
         """Whether ``above`` goes on where this ends, in the same way (compare mm/vma.c:can_vma_merge_after)."""
-        return self.ar.end == above.ar.start and attrs.evolve(above, ar=self.ar) == self
+        if self.ar.end != above.ar.start or self.prot != above.prot:
+            return False
+        return self.source_at(self.ar.end) == above.source
 
     def arming(self) -> Arming:
-        """Which faults the daemon must see for this VMA to mean what it says; read-write memory needs none."""
-        if self.prot & Prot.WRITE:
-            return Arming.NATIVE
-        return Arming.WP if self.prot & Prot.READ else Arming.MISSING
+        """Which faults the daemon must see for this VMA to mean what it says.
+
+        Read-write memory needs none. Of a file it fills each page, and of a shared one it must know which were stored
+        to.
+        """
+        if not self.prot & PROT_RW:
+            return Arming.MISSING
+        protected = not self.prot & Prot.WRITE or (self.source is not None and self.source.shared)
+        return (Arming.WP if protected else Arming.NATIVE) | (Arming.MISSING if self.source else Arming.NATIVE)

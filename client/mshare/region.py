@@ -84,15 +84,23 @@ class Region:
         flags: int = MAP_SHARED | MAP_ANONYMOUS,
         *,
         offset: int | None = None,
+        fd: int = -1,
+        fd_offset: int = 0,
     ) -> int:
-        """Map zeroed memory inside the region, in every process; its offset (compare mmap(2)).
+        """Map zeroed memory, or a file, inside the region, in every process; its offset (compare mmap(2)).
 
         ``offset`` is a hint without MAP_FIXED (which replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST if
-        something is). MAP_SHARED and MAP_PRIVATE mean the same here: the region's processes share it. Raises OSError:
-        EINVAL, EEXIST, EACCES (PROT_EXEC, or a read-only window), ENOMEM (no gap).
+        something is). Anonymous memory is shared by the region's processes, with MAP_SHARED and MAP_PRIVATE alike.
+        Without MAP_ANONYMOUS the file ``fd`` is shown from ``fd_offset`` on: with MAP_SHARED stores reach it by
+        msync, munmap, the last detach and unlink; with MAP_PRIVATE they stay in the region, seen by all its
+        processes.
+
+        Raises OSError: EINVAL, EEXIST, EBADF, ENODEV, ENOMEM (no gap), EACCES (PROT_EXEC, a read-only window, a file
+        not opened for what is asked).
         """
-        request = protocol.Mmap(self._own_attachment(), offset, length, prot, flags)
-        placed = self._link.call(request, protocol.Placed).offset
+        request = protocol.Mmap(self._own_attachment(), offset, length, prot, flags, fd_offset)
+        fds = () if flags & MAP_ANONYMOUS or fd < 0 else (fd,)
+        placed = self._link.call(request, protocol.Placed, fds).offset
         if flags & MapFlag.POPULATE and prot & (PROT_READ | PROT_WRITE):
             self.madvise(placed, length, Advice.POPULATE_WRITE if prot & PROT_WRITE else Advice.POPULATE_READ)
         return placed
@@ -108,6 +116,13 @@ class Region:
         memory), EACCES (PROT_EXEC, or a read-only window).
         """
         self._link.call(protocol.Mprotect(self._own_attachment(), offset, length, prot), protocol.Done)
+
+    def msync(self, offset: int = 0, length: int | None = None) -> None:
+        """Have the files that are mapped shared in a range hold every store; by default in the whole region.
+
+        Raises OSError: EINVAL, ENOMEM (not mapped throughout), ENOSPC.
+        """
+        self._link.call(protocol.Msync(self._own_attachment(), offset, length), protocol.Done)
 
     def madvise(self, offset: int, length: int, advice: int) -> None:
         """Give advice about a range, with the meaning that madvise(2) has for shared memory.

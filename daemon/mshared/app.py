@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import resource
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from mshared.lifetimes import Lifetimes
 from mshared.notify import notify
 from mshared.pager import Pager
 from mshared.service import Service
+from mshared.stop_signals import StopSignals
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, WINDOW_END, WINDOW_START
 from msharefs.mountinfo import FSTYPE
@@ -35,8 +35,6 @@ from msharefs.region import BackingKind
 
 log = logging.getLogger(__name__)
 
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-"""Once one has come, more change nothing: what was taken from the machine is given back to the end."""
 _LOCK: Final = "lock"
 _MOUNT_PATIENCE: Final = 3.0
 """Seconds a mount that stands at our place may take to show that somebody serves it."""
@@ -80,9 +78,7 @@ def runtime_directory() -> Path:
 def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT, however many come. Raises StartError."""
     _raise_descriptor_limit()
-    early: list[int] = []
-    for number in _STOP_SIGNALS:
-        signal.signal(number, lambda number, _: early.append(number))
+    stop = StopSignals()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_directory(config.state_dir.parent))
         stack.enter_context(_directory(config.state_dir, ours=True))
@@ -108,9 +104,8 @@ def run(config: Config) -> None:
         )
         listener = stack.enter_context(_listener(config.state_dir / "socket"))
         stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount))
-        trio.run(_serve, config, service, pager, listener, early)
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # The interpreter would restore the default while it ends.
+        trio.run(_serve, config, service, pager, listener, stop)
+    stop.ignore()
 
 
 def info_text(config: Config, service: Service) -> str:
@@ -126,28 +121,28 @@ def info_text(config: Config, service: Service) -> str:
     return f"{config.policy.align}\n" + "".join(f"{key} {value}\n" for key, value in lines.items())
 
 
-async def _serve(config: Config, service: Service, pager: Pager, listener: object, early: list[int]) -> None:
-    """All tasks, until a signal ends them. ``early`` are those that came before anybody could listen."""
+async def _serve(config: Config, service: Service, pager: Pager, listener: object, stop: StopSignals) -> None:
+    """All tasks, until a signal ends them."""
     device = mounts.mount_at(config.mount)
     if device is None or device.fstype != FSTYPE:
         raise StartError(f"{config.mount} was unmounted while starting")
     server = control.ControlServer(service, config.mount, device.device)
-    with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
-            nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]
-            nursery.start_soon(pager.run)
-            nursery.start_soon(service.lifetimes.sweep_forever)
-            nursery.start_soon(service.lifetimes.forks.run)
-            await _until_served(config.mount)
-            sys.stderr.write(f"mshared: ready: mount {config.mount} backing {service.default_backing}\n")
-            sys.stderr.flush()
-            notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {config.mount}")
-            number = early[0] if early else await anext(signals)
-            log.info("%s: stopping", signal.Signals(number).name)
-            notify("STOPPING=1")
-            _report_attached(service)
-            nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
+        nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]
+        nursery.start_soon(pager.run)
+        nursery.start_soon(service.lifetimes.sweep_forever)
+        nursery.start_soon(service.lifetimes.forks.run)
+        nursery.start_soon(service.lifetimes.filling.run)
+        await _until_served(config.mount)
+        sys.stderr.write(f"mshared: ready: mount {config.mount} backing {service.default_backing}\n")
+        sys.stderr.flush()
+        notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {config.mount}")
+        number = await stop.wait()
+        log.info("%s: stopping", number.name)
+        notify("STOPPING=1")
+        _report_attached(service)
+        nursery.cancel_scope.cancel()
 
 
 async def _fuse_until_unmounted(scope: trio.CancelScope) -> None:
@@ -229,8 +224,11 @@ def _store(config: Config) -> Iterator[BackingStore]:
 
 @contextlib.contextmanager
 def _listener(path: Path) -> Iterator[object]:
-    path.unlink(missing_ok=True)
-    sock = control.listen(path)
+    try:
+        path.unlink(missing_ok=True)
+        sock = control.listen(path)
+    except OSError as error:
+        raise StartError(f"cannot listen at {path}: {error}; give another --state-dir, with a short path") from error
     try:
         yield sock
     finally:
@@ -274,7 +272,11 @@ def _directory(path: Path, *, ours: bool = False) -> Iterator[None]:
 def _lock(path: Path, mount: Path) -> Iterator[None]:
     """Be the only daemon of this mount; the lock goes with the process, however it ends."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            text = f"cannot use {path.parent}: {error.strerror}; give --state-dir a directory of this user"
+            raise StartError(text) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,7 +17,21 @@ from mshared import backing, processes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, classify
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
+from msharefs.effects import (
+    Allow,
+    Answer,
+    Arm,
+    Change,
+    Deliver,
+    Fill,
+    Protect,
+    Punch,
+    Signal,
+    Stash,
+    Unstash,
+    WriteBack,
+    ZeroFill,
+)
 from msharefs.errors import InternalError
 from msharefs.perms import PROT_RW
 from msharefs.region import BackingKind
@@ -26,6 +40,7 @@ from msharefs.vma import Arming
 log = logging.getLogger(__name__)
 
 _MOST_TRIES: Final = 10_000
+_WRITE_SIZE: Final = 1 << 20
 
 
 def arm_new(attachment: LiveAttachment) -> None:
@@ -37,7 +52,7 @@ def arm_new(attachment: LiveAttachment) -> None:
         _arm(attachment, effect.ar, effect.arming)
 
 
-def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callable[[], None]) -> None:
+def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callable[[], None]) -> None:
     """Make the kernel follow a change of the region, in the order given. Raises OSError where memory is short.
 
     ``read_events`` is called while the kernel wants a fork to be seen to first, and when all attachments are armed,
@@ -51,6 +66,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callab
         for effect in effects:
             if isinstance(effect, Arm):
                 region.arming_now.append(effect)
+            if isinstance(effect, Arm | Protect):
                 for attachment in list(region.attachments):
                     _insist(attachment, effect, read_events)
             else:
@@ -61,7 +77,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Effect], read_events: Callab
         region.arming_now.clear()
 
 
-def _move_memory(region: LiveRegion, effect: Effect) -> None:
+def _move_memory(region: LiveRegion, effect: Change) -> None:
     match effect:
         case Punch(ar):
             region.punch(_offsets(region, ar))
@@ -70,30 +86,60 @@ def _move_memory(region: LiveRegion, effect: Effect) -> None:
         case Unstash(ar):
             write = None if region.model.backing is BackingKind.SMALL else region.put
             backing.move(region.stash(), region.backing.fd, _offsets(region, ar), write=write)
-        case _:
-            raise InternalError(f"{effect} answers a fault, it changes no region")
+        case WriteBack(ar, file, offset):
+            try:
+                write_back(region.backing.fd, region.files[file], _offsets(region, ar), offset)
+            except OSError as error:
+                log.error("region %s: stores to a mapped file are lost: %s", region.model.name, error.strerror)  # noqa: TRY400
+        case Arm() | Protect():
+            raise InternalError(f"{effect} moves no memory")
 
 
-def _insist(attachment: LiveAttachment, effect: Arm, read_events: Callable[[], None]) -> None:
-    """Arm one attachment; while it is being forked the kernel wants that to be read first."""
+def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Callable[[], None]) -> None:
+    """Arm or protect one attachment; while it is being forked the kernel wants that to be read first."""
+    work = partial(_protect, attachment, effect.ar)
+    if isinstance(effect, Arm):
+        work = partial(_arm, attachment, effect.ar, effect.arming)
     for _ in range(_MOST_TRIES):
-        if _try(attachment, partial(_arm, attachment, effect.ar, effect.arming)) is not Outcome.RETRY:
+        if _try(attachment, work) is not Outcome.RETRY:
             return
         read_events()
     raise InternalError(f"{attachment} cannot be armed: the kernel asks to wait for ever")
 
 
-def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Deliver | Wake | ZeroFill) -> Outcome:
+def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Answer) -> Outcome:
     """Do what the model decided about the thread ``tid`` that waits at ``addr`` (its own address)."""
     page = AddrRange.page_at(addr)
     match effect:
         case ZeroFill(_, protected):
             return _zero_fill(attachment, page, protected=protected)
-        case Wake():
-            _try(attachment, lambda: attachment.uffd.wake(page))
-            return Outcome.EXISTS
+        case Allow():
+            return _try(attachment, lambda: attachment.uffd.write_protect(page, protect=False))
+        case Fill():
+            raise InternalError(f"{effect} takes a while: see mshared.filling")
         case Deliver(signal):
             return _deliver(attachment, addr, tid, signal)
+
+
+def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:
+    """Let whoever waits in ``ar`` (its own addresses) try again."""
+    return _try(attachment, lambda: attachment.uffd.wake(ar))
+
+
+def write_back(backing_fd: int, file_fd: int, ar: AddrRange, offset: int) -> None:
+    """Write what the backing holds of a range of offsets to a file, no further than it reaches. Raises OSError."""
+    room = os.fstat(file_fd).st_size - offset
+    for piece in ar.pieces(_WRITE_SIZE):
+        at = piece.start - ar.start
+        data = memoryview(os.pread(backing_fd, piece.size, piece.start))[: max(0, room - at)]
+        while data:
+            done = os.pwrite(file_fd, data, offset + at)
+            data, at = data[done:], at + done
+
+
+def _protect(attachment: LiveAttachment, ar: AddrRange) -> None:
+    if not attachment.model.readonly:
+        attachment.uffd.write_protect(attachment.region.model.to_guest(attachment.model, ar))
 
 
 def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:

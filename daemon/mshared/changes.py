@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import stat
 from collections.abc import Callable
 
+import attrs
+import trio
+
 from mshared import apply
-from mshared.live import LiveAttachment
+from mshared.live import LiveAttachment, LiveRegion
 from msharefs import protocol
-from msharefs.addr import AddrRange
-from msharefs.effects import Effect
+from msharefs.addr import PAGE_SIZE, AddrRange
+from msharefs.effects import Change, Protect, WriteBack
 from msharefs.errors import (
     AccessDeniedError,
+    BadDescriptorError,
     InvalidArgumentError,
+    NoDeviceError,
     NoMemoryError,
-    NotSupportedError,
+    NoSpaceError,
 )
 from msharefs.perms import Advice, MapFlag, Prot
+from msharefs.vma import FileSource
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +41,31 @@ class Changes:
     def __init__(self, read_events: Callable[[], None]) -> None:
         self._read_events = read_events
 
-    def mmap(self, live: LiveAttachment, request: protocol.Mmap) -> protocol.Placed:
-        """Map anonymous memory at an offset or in a gap (compare mmap(2))."""
-        flags = _checked_flags(request.flags)
+    async def mmap(self, live: LiveAttachment, request: protocol.Mmap, file: int | None) -> protocol.Placed:
+        """Map anonymous memory, or a file, at an offset or in a gap (compare mmap(2))."""
+        flags = _checked_flags(request.flags, file)
+        if request.file_offset < 0 or request.file_offset % PAGE_SIZE:
+            raise InvalidArgumentError(f"file offset {request.file_offset} is not a multiple of {PAGE_SIZE}")
+        opened = None if file is None else await _opened(file)
+        try:
+            if request.offset is not None:
+                await self._flush(live, live.region.model.range_at(request.offset, request.length))
+        except BaseException:
+            if opened is not None:
+                os.close(opened.fd)
+            raise
+        try:
+            return self._mmap(live, request, flags, opened)
+        finally:
+            live.region.drop_unused_files()
+
+    def _mmap(
+        self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, opened: Opened | None
+    ) -> protocol.Placed:
+        source = None
+        if opened is not None:
+            number = live.region.add_file(opened.fd)
+            source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), opened.writable)
         model = live.region.model
         ar = None if request.offset is None else model.range_at(request.offset, request.length)
         replace = bool(flags & MapFlag.FIXED) and not flags & MapFlag.FIXED_NOREPLACE
@@ -43,9 +74,15 @@ class Changes:
             raise InvalidArgumentError("MAP_FIXED needs an offset")
         place: list[AddrRange] = []
 
-        def decide() -> list[Effect]:
+        def decide() -> list[Change]:
             at, effects = model.mm.mmap(
-                ar, request.length, checked_prot(request.prot), fixed=fixed, replace=replace, align=model.mm.granule
+                ar,
+                request.length,
+                checked_prot(request.prot),
+                fixed=fixed,
+                replace=replace,
+                align=model.mm.granule,
+                source=source,
             )
             place.append(at)
             return effects
@@ -53,14 +90,27 @@ class Changes:
         self._change(live, decide)
         return protocol.Placed(model.offset_of(place[0]))
 
-    def munmap(self, live: LiveAttachment, request: protocol.Munmap) -> None:
+    async def munmap(self, live: LiveAttachment, request: protocol.Munmap) -> None:
         """Unmap a range (compare munmap(2))."""
         ar = live.region.model.range_at(request.offset, request.length)
+        await self._flush(live, ar)
         self._change(live, lambda: live.region.model.mm.munmap(ar))
+        live.region.drop_unused_files()
 
-    def mprotect(self, live: LiveAttachment, request: protocol.Mprotect) -> None:
+    async def msync(self, live: LiveAttachment, request: protocol.Msync) -> None:
+        """Have the files in a range hold every store (compare msync(2)). Readers may ask for it too."""
+        model = live.region.model
+        if request.length is None:
+            ar = model.range_at(request.offset, model.ar.size - request.offset)
+        else:
+            ar = model.range_at(request.offset, request.length)
+            model.mm.check_mapped(ar)
+        await self._flush(live, ar)
+
+    async def mprotect(self, live: LiveAttachment, request: protocol.Mprotect) -> None:
         """Change the protection of a range (compare mprotect(2))."""
         ar = live.region.model.range_at(request.offset, request.length)
+        await self._flush(live, ar)
         prot = checked_prot(request.prot)
         self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
 
@@ -80,7 +130,19 @@ class Changes:
             if not all(vma.prot & need for vma in mm.vmas.overlapping(ar)):
                 raise AccessDeniedError(f"{ar} may not be touched like that throughout; mprotect it first")
 
-    def _change(self, live: LiveAttachment, decide: Callable[[], list[Effect]]) -> None:
+    async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
+        """Write back off the loop; what cannot be written stays dirty. Raises MshareError.
+
+        What a change writes back by itself is then little: what was stored to in the meantime.
+        """
+        region = live.region
+        effects = region.model.mm.write_back(inside) if (inside := ar.intersect(region.model.ar)) else []
+        apply.carry_out(region, (e for e in effects if isinstance(e, Protect)), self._read_events)
+        for effect in effects:
+            if isinstance(effect, WriteBack):
+                await _write_off_the_loop(region, effect)
+
+    def _change(self, live: LiveAttachment, decide: Callable[[], list[Change]]) -> None:
         """Decide and carry out, in every process; when memory is short, all is as before.
 
         Forks that were under way meanwhile have announced themselves by the time all is armed, or have copied what is
@@ -113,13 +175,55 @@ def checked_prot(number: int) -> Prot:
     return Prot(number)
 
 
-def _checked_flags(number: int) -> MapFlag:
-    """Flags from the wire. All memory of a region is shared by its processes, whichever of the two is asked for."""
+@attrs.frozen
+class Opened:
+    """A file that is to be mapped: the daemon's own descriptor of it."""
+
+    fd: int
+    writable: bool
+
+
+async def _opened(file: int) -> Opened:
+    """A client's descriptor, checked as mmap(2) does. Raises BadDescriptorError, NoDeviceError, AccessDeniedError."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise BadDescriptorError("a descriptor opened with O_PATH cannot be mapped")
+    status = await trio.to_thread.run_sync(os.fstat, file)
+    if not stat.S_ISREG(status.st_mode):
+        raise NoDeviceError("only regular files can be mapped into a region")
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        raise AccessDeniedError("the file was opened for writing only; open it O_RDWR or O_RDONLY")
+    access = flags & os.O_ACCMODE
+    try:
+        fd = os.open(f"/proc/self/fd/{file}", access | os.O_CLOEXEC)  # Without O_APPEND, which would move our writes.
+    except OSError:
+        if flags & os.O_APPEND:
+            raise AccessDeniedError("the file was opened with O_APPEND; open it without") from None
+        fd = os.dup(file)
+    return Opened(fd, access == os.O_RDWR)
+
+
+async def _write_off_the_loop(region: LiveRegion, effect: WriteBack) -> None:
+    """Write one run back in a worker thread. Raises NoSpaceError with the run dirty again."""
+    where = effect.ar.moved(-region.model.ar.start)
+    memory, file = os.dup(region.backing.fd), os.dup(region.files[effect.file])
+    try:
+        await trio.to_thread.run_sync(apply.write_back, memory, file, where, effect.offset)
+    except OSError as error:
+        region.model.mm.stored_to(effect.ar)
+        raise NoSpaceError(f"cannot write to the mapped file: {error.strerror}") from error
+    finally:
+        os.close(memory)
+        os.close(file)
+
+
+def _checked_flags(number: int, file: int | None) -> MapFlag:
+    """Flags from the wire. Anonymous memory is shared by the region's processes, whichever of the two is asked for."""
     if number & ~int(_KNOWN_FLAGS):
         raise InvalidArgumentError(f"mmap flags {number:#x} have bits that a region does not know")
     flags = MapFlag(number)
     if not flags & (MapFlag.SHARED | MapFlag.PRIVATE):
         raise InvalidArgumentError("mmap needs MAP_SHARED or MAP_PRIVATE")
-    if not flags & MapFlag.ANONYMOUS:
-        raise NotSupportedError("files cannot be mapped into a region yet; map anonymous memory and read them into it")
+    if bool(flags & MapFlag.ANONYMOUS) == (file is not None):
+        raise BadDescriptorError("mmap takes either MAP_ANONYMOUS or a file")
     return flags

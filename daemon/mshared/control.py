@@ -189,9 +189,12 @@ class _Connection:
             case protocol.Remove():
                 _expect(fds, 0)
                 return service.remove(caller, message)
-            case protocol.Mmap() | protocol.Munmap() | protocol.Mprotect() | protocol.Madvise():
+            case protocol.Mmap():
+                _expect(fds, 0, 1)
+                return await service.change(caller, message, fds[0] if fds else None)
+            case protocol.Munmap() | protocol.Mprotect() | protocol.Madvise() | protocol.Msync():
                 _expect(fds, 0)
-                return service.change(caller, message)
+                return await service.change(caller, message, None)
             case protocol.GetStat():
                 return Answer(await service.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():

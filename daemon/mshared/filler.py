@@ -19,7 +19,6 @@ class Filler:
     """A mapping of one backing file in the daemon, registered MISSING."""
 
     def __init__(self, fd: int, size: int, device: int | None) -> None:
-        self._fd = fd
         self._size = size
         self._uffd = uffd.new(device)
         self._uffd.open_api(abi.Feature.MISSING_SHMEM)
@@ -31,13 +30,13 @@ class Filler:
         with contextlib.suppress(FileExistsError):
             self._uffd.zero(AddrRange.sized(self._start + offset, PAGE_SIZE), protected=False)
 
-    def copy(self, offset: int, data: bytes) -> None:
-        """Have a page with ``data`` at ``offset``; one that is there already is written over."""
-        page = AddrRange.sized(self._start + offset, PAGE_SIZE)
+    def copy(self, offset: int, data: bytes) -> bool:
+        """Have pages with ``data`` from ``offset`` on; False, perhaps half way, when one is there already."""
         try:
-            self._uffd.copy(page, data)
-        except FileExistsError:
-            os.pwrite(self._fd, data, offset)
+            self._uffd.copy(AddrRange.sized(self._start + offset, len(data)), data)
+        except (FileExistsError, BlockingIOError):  # The second when some were copied before one was met.
+            return False
+        return True
 
     def close(self) -> None:
         """Unmap and close."""

@@ -17,12 +17,14 @@ import trio
 
 from mshared import apply, processes
 from mshared.backing import Backing
+from mshared.filling import Filling, Waiting
 from mshared.forks import Forks
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
 from mshared.uffd import Outcome, Uffd, is_userfaultfd
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.effects import Fill
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
 from msharefs.fault import Fault
 from msharefs.namespace import Namespace
@@ -50,6 +52,7 @@ class Lifetimes:
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
         self._pidfds: dict[int, int] = {}
         self.forks = Forks(self._on_child_found)
+        self.filling = Filling(self._on_fault)
 
     @property
     def fork_events(self) -> bool:
@@ -92,9 +95,14 @@ class Lifetimes:
 
     def forget(self, region: LiveRegion) -> None:
         """Close the files of a region that the namespace has let go."""
+        self._write_back(region)
         del self._regions[region.model.id]
         region.settled.set()
         region.close()
+
+    def _write_back(self, region: LiveRegion) -> None:
+        """Have the files of a region hold every store."""
+        apply.carry_out(region, region.model.mm.write_back(region.model.ar), self.read_events)
 
     def attach(
         self, region: LiveRegion, window: int, pid: int, fd: int, anchor: int, *, readonly: bool
@@ -132,6 +140,8 @@ class Lifetimes:
         live.uffd.close()
         gone = self.namespace.detach(live.region.model, live.model)
         self._unwatch_process(live.model.pid)
+        if not live.region.attachments:
+            self._write_back(live.region)
         if gone:
             self.forget(live.region)
 
@@ -222,7 +232,12 @@ class Lifetimes:
             return
         access = Access.WRITE if flags & (abi.FLAG_WRITE | abi.FLAG_WP) else Access.READ
         fault = Fault(region.to_host(live.model, Address(addr)), access, protected=bool(flags & abi.FLAG_WP))
-        outcome = apply.answer_fault(live, Address(addr), tid, region.mm.fault(fault).effect)
+        effect = region.mm.fault(fault).effect
+        if isinstance(effect, Fill):
+            region.faults += 1
+            self.filling.request(effect.ar, Waiting(live, flags, addr, tid))
+            return
+        outcome = apply.answer_fault(live, Address(addr), tid, effect)
         region.faults += outcome is Outcome.SERVED
         if outcome is Outcome.RETRY:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterator
 
 import attrs
 import trio
@@ -14,6 +16,7 @@ from mshared.uffd import Uffd
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.effects import Arm
 from msharefs.region import Attachment, Region
+from msharefs.vma import FileId
 
 
 @attrs.define(eq=False)
@@ -37,8 +40,9 @@ class LiveAttachment:
 
 @attrs.define(eq=False)
 class LiveRegion:
-    """A region and its files. ``settled`` is set once its creator is attached, or has failed.
+    """A region and its files: those of its memory, and in ``files`` those that are mapped into it.
 
+    ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone.
     ``changing`` while a change is carried out: faults wait, since the model is ahead of the memory; ``arming_now`` is
     what it has armed so far. ``created_ns`` is the wall clock's time, for people.
     """
@@ -49,10 +53,13 @@ class LiveRegion:
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
+    files: dict[FileId, int] = attrs.Factory(dict)
+    closed: bool = False
     changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
     _stash: int | None = None
     _filler: Filler | None = None
+    _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
 
     def filler(self) -> Filler:
         """What puts single pages into the backing; made when first needed."""
@@ -67,9 +74,28 @@ class LiveRegion:
             punch(self._stash, ar)
 
     def put(self, data: bytes, offset: int) -> None:
-        """Put whole pages into the backing, and no neighbour of theirs."""
+        """Put whole pages into the backing, and no neighbour of theirs; what is there is written over."""
         for at in range(0, len(data), PAGE_SIZE):
-            self.filler().copy(offset + at, data[at : at + PAGE_SIZE])
+            page = data[at : at + PAGE_SIZE]
+            if not self.filler().copy(offset + at, page):
+                os.pwrite(self.backing.fd, page, offset + at)
+
+    def put_new(self, data: bytes, offset: int) -> None:
+        """Put whole pages into the backing, and no neighbour of theirs; what is there stays."""
+        if not self.filler().copy(offset, data):
+            for at in range(0, len(data), PAGE_SIZE):
+                self.filler().copy(offset + at, data[at : at + PAGE_SIZE])
+
+    def add_file(self, fd: int) -> FileId:
+        """Keep an opened file that is to be mapped."""
+        number = FileId(next(self._file_ids))
+        self.files[number] = fd
+        return number
+
+    def drop_unused_files(self) -> None:
+        """Close the files that no mapping shows any more."""
+        for number in self.files.keys() - self.model.mm.files():
+            os.close(self.files.pop(number))
 
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""
@@ -80,6 +106,10 @@ class LiveRegion:
 
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
+        self.closed = True
+        for fd in self.files.values():
+            os.close(fd)
+        self.files.clear()
         if self._filler is not None:
             self._filler.close()
             self._filler = None

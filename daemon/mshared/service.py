@@ -17,7 +17,7 @@ from mshared.live import LiveAttachment, LiveRegion
 from mshared.tickets import Ticket, read_ticket
 from msharefs import dump, protocol
 from msharefs.addr import AddrRange
-from msharefs.effects import Effect, Punch
+from msharefs.effects import Change, Punch
 from msharefs.errors import (
     AccessDeniedError,
     BadDescriptorError,
@@ -189,18 +189,20 @@ class Service:
             self.lifetimes.forget(live)
         return Answer(protocol.Done())
 
-    def change(self, caller: Caller, request: protocol.Changing) -> Answer:
+    async def change(self, caller: Caller, request: protocol.Changing, file: int | None) -> Answer:
         """Change what is mapped inside the region of one of the caller's attachments, for everybody."""
         live = self._own(caller, request.attachment)
         match request:
             case protocol.Mmap():
-                return Answer(self._changes.mmap(live, request))
+                return Answer(await self._changes.mmap(live, request, file))
             case protocol.Munmap():
-                self._changes.munmap(live, request)
+                await self._changes.munmap(live, request)
             case protocol.Mprotect():
-                self._changes.mprotect(live, request)
+                await self._changes.mprotect(live, request)
             case protocol.Madvise():
                 self._changes.madvise(live, request)
+            case protocol.Msync():
+                await self._changes.msync(live, request)
         return Answer(protocol.Done())
 
     def listing(self, request: protocol.GetList) -> Answer:
@@ -297,7 +299,7 @@ class Service:
             if not Prot(part.prot) & Prot.WRITE:
                 self._change(live, mm.mprotect(live.region.model.range_at(part.offset, part.length), Prot(part.prot)))
 
-    def _change(self, live: LiveAttachment, effects: list[Effect]) -> None:
+    def _change(self, live: LiveAttachment, effects: list[Change]) -> None:
         """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""
         try:
             apply.carry_out(live.region, effects, self.lifetimes.read_events)

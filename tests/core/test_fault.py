@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange, FrameNo
-from msharefs.effects import Deliver, Signal, Wake, ZeroFill
+from msharefs.effects import Allow, Deliver, Signal, ZeroFill
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
@@ -89,7 +89,7 @@ def test_a_page_that_the_kernel_misses_is_missing_whatever_the_tables_say(prot: 
 def test_a_store_that_was_protected_when_it_stopped_and_may_go_on_now_is_only_woken(prot: Prot) -> None:
     mm = mm_with(prot)
     resolution = handle_fault(mm, Fault(within(3), Access.WRITE, protected=True))
-    assert resolution.effect == Wake(pages(3, 4))
+    assert resolution.effect == Allow(pages(3, 4))
     assert resolution.signal is None
     assert mm.table.resident == 0
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange
-from msharefs.effects import Arm, Effect, Punch, Signal, Stash, Unstash, ZeroFill
+from msharefs.effects import Allow, Arm, Change, Effect, Punch, Signal, Stash, Unstash, ZeroFill
 from msharefs.errors import AccessDeniedError, ExistsError, NoMemoryError
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
@@ -145,6 +145,8 @@ class Kernel:
             case Unstash(ar):
                 coming = self.pages_of(ar) & self.stash.keys()
                 self.memory.update({page: self.stash.pop(page) for page in coming})
+            case Allow(ar):
+                self.protected -= self.pages_of(ar)
             case ZeroFill(ar, protected):
                 (page,) = self.pages_of(ar)
                 if page not in self.memory:
@@ -232,7 +234,7 @@ class HostMmMachine(RuleBasedStateMachine):
         assert place == self.ar(span)
         self.mapped(span, prot, effects)
 
-    def mapped(self, span: range, prot: Prot, effects: list[Effect]) -> None:
+    def mapped(self, span: range, prot: Prot, effects: list[Change]) -> None:
         before = self.asked.copy()
         self.asked.map(span, prot)
         self.follow(before, effects)
@@ -316,7 +318,7 @@ class HostMmMachine(RuleBasedStateMachine):
 
     # What must hold.
 
-    def follow(self, before: Asked, effects: list[Effect]) -> None:
+    def follow(self, before: Asked, effects: list[Change]) -> None:
         """Carry the effects out; on the way, every page follows the old rule or the new one and no store is lost."""
         for effect in effects:
             if isinstance(effect, Punch):
