@@ -181,13 +181,11 @@ class PageTable:
         self._clear(self._top, ar)
 
     def change_flags(self, ar: AddrRange, *, add: PteFlag = NO_FLAGS, drop: PteFlag = NO_FLAGS) -> None:
-        """Change the flags of every page in ``ar`` (compare mm/mprotect.c:change_protection); leaves may split."""
-        for run, pte in list(self.runs(ar)):
-            flags = (pte.flags | add) & ~drop
-            if pte.flags & PteFlag.HUGE and run.size == PMD_SIZE:
-                self.set(run.start, Pte(pte.frame, flags))
-            else:
-                self.set_range(run, pte.frame, flags)
+        """Change the flags of every page in ``ar`` (compare mm/mprotect.c:change_protection).
+
+        A 2 MiB leaf that sticks out is split first. Preconditions: PRESENT and HUGE are not among them.
+        """
+        self._change(self._top, ar, int(add), ~int(drop))
 
     def runs(self, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
         """What is installed in ``ar``, in order: ranges of consecutive frames with equal flags, and their first page.
@@ -276,6 +274,23 @@ class PageTable:
             if empty:
                 del table.entries[index]
                 self.tables[below.level] -= 1
+
+    def _change(self, table: _Directory, ar: AddrRange, add: int, keep: int) -> None:
+        """Set and clear bits of the pages in ``ar`` below ``table``."""
+        for piece in self._pieces(table, ar):
+            index = _index(piece.start, table.level)
+            below = table.entries[index]
+            if isinstance(below, int):
+                if piece.size == PMD_SIZE:
+                    table.entries[index] = (below | add) & keep
+                    continue
+                below = self._leaf(piece.start)
+            if isinstance(below, _Directory):
+                self._change(below, piece, add, keep)
+            else:
+                first = _index(piece.start, 0)
+                part = slice(first, first + piece.size // PAGE_SIZE)
+                below.words[part] = array("Q", [(word | add) & keep if word else 0 for word in below.words[part]])
 
     def _pieces(self, table: _Directory, ar: AddrRange) -> Iterator[AddrRange]:
         """``ar`` cut to the entries that ``table`` has, in order; cost follows the entries, not the range."""
