@@ -9,7 +9,7 @@ import attrs
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import Allow, Answer, Deliver, Fill, Signal, ZeroFill
 from msharefs.page_table import Pte, pte_flags
-from msharefs.perms import Access, Prot
+from msharefs.perms import Access
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
@@ -59,4 +59,4 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if source is not None:
         return Resolution(Fill(page, source.file, source.offset))
     mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
-    return Resolution(ZeroFill(page, protected=not vma.prot & Prot.WRITE))
+    return Resolution(ZeroFill(page, protected=not Access.WRITE.allowed_by(vma.prot)))

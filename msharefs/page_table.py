@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Iterator
+from typing import Final
 
 import attrs
 
@@ -45,9 +46,17 @@ class PteFlag(enum.IntFlag):
 NO_FLAGS = PteFlag(0)
 
 
+_PRESENT: Final = int(PteFlag.PRESENT)
+_HUGE: Final = int(PteFlag.HUGE)
+"""As plain integers: arithmetic on enum flags takes longer than all else in a fault."""
+_FLAGS_OF_PROT: Final = {
+    Prot(bits): PteFlag.PRESENT | (PteFlag.WRITE if bits & Prot.WRITE else PteFlag.UFFD_WP) for bits in range(8)
+}
+
+
 def pte_flags(prot: Prot) -> PteFlag:
     """The flags of a page in a mapping of ``prot`` (compare vm_get_page_prot): read-only is write-protected."""
-    return PteFlag.PRESENT | (PteFlag.WRITE if prot & Prot.WRITE else PteFlag.UFFD_WP)
+    return _FLAGS_OF_PROT[prot]
 
 
 @attrs.frozen
@@ -58,13 +67,18 @@ class Pte:
     flags: PteFlag = PteFlag.PRESENT | PteFlag.WRITE
 
     @property
+    def is_huge(self) -> bool:
+        """Whether it maps 2 MiB."""
+        return bool(int(self.flags) & _HUGE)
+
+    @property
     def size(self) -> int:
         """Bytes it maps."""
-        return PMD_SIZE if self.flags & PteFlag.HUGE else PAGE_SIZE
+        return PMD_SIZE if self.is_huge else PAGE_SIZE
 
     def pack(self) -> int:
         """The entry's word."""
-        return self.frame << PAGE_SHIFT | self.flags | PteFlag.PRESENT
+        return self.frame << PAGE_SHIFT | int(self.flags) | _PRESENT
 
     @classmethod
     def unpack(cls, word: int) -> Pte:
@@ -156,9 +170,10 @@ class PageTable:
 
         Preconditions: ``addr`` is a multiple of the page's size, and so is a 2 MiB leaf's frame.
         """
-        if addr % pte.size or (pte.flags & PteFlag.HUGE and pte.frame % FRAMES_IN_PMD):
+        huge = pte.is_huge
+        if addr % (PMD_SIZE if huge else PAGE_SIZE) or (huge and pte.frame % FRAMES_IN_PMD):
             raise InternalError(f"page of {pte.size} bytes installed at {addr:#x}")
-        if pte.flags & PteFlag.HUGE:
+        if huge:
             self.clear_range(AddrRange.sized(addr, PMD_SIZE))
             self._pmd(addr).entries[_index(addr, 1)] = pte.pack()
             self.huge_pages += 1
@@ -167,7 +182,7 @@ class PageTable:
 
     def set_range(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
         """Install consecutive frames over ``ar`` in 4 KiB pages (2 MiB leaves come by ``set``)."""
-        low = (flags | PteFlag.PRESENT) & ~PteFlag.HUGE
+        low = (int(flags) | _PRESENT) & ~_HUGE
         for piece in ar.pieces(PMD_SIZE):
             first = frame + (piece.start - ar.start) // PAGE_SIZE
             last = first + piece.size // PAGE_SIZE

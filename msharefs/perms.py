@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import attrs
 
@@ -23,6 +24,10 @@ class Prot(enum.IntFlag):
 PROT_RW = Prot.READ | Prot.WRITE
 
 
+_STORABLE: Final = frozenset(Prot(bits) for bits in range(8) if bits & Prot.WRITE)
+_READABLE: Final = frozenset(Prot(bits) for bits in range(8) if bits & PROT_RW)
+
+
 class Access(enum.Enum):
     """What the faulting instruction tried."""
 
@@ -31,7 +36,7 @@ class Access(enum.Enum):
 
     def allowed_by(self, prot: Prot) -> bool:
         """Whether ``prot`` lets this access through. Write access implies read access, as on x86."""
-        return bool(prot & Prot.WRITE) if self is Access.WRITE else bool(prot & PROT_RW)
+        return prot in (_STORABLE if self is Access.WRITE else _READABLE)
 
 
 class MapFlag(enum.IntFlag):
