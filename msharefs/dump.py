@@ -12,7 +12,8 @@ from msharefs.page_table import LEVEL_NAMES, PteFlag
 from msharefs.region import Attachment, BackingKind, Region
 from msharefs.reports import RegionName, RegionStat, Vma
 from msharefs.units import format_size
-from msharefs.vma import Arming
+from msharefs.vma import Arming, FileSource
+from msharefs.vma import Vma as HostVma
 
 
 @attrs.frozen
@@ -79,7 +80,8 @@ def vmas(region: Region) -> tuple[Vma, ...]:
         first = bisect_right(ends, vma.ar.start)
         is_paged = first < len(paged) and paged[first].overlaps(vma.ar)
         resident = sum(run.size for run, _ in region.mm.table.runs(vma.ar))
-        found.append(Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident))
+        told = Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident)
+        found.append(told if vma.source is None else _of_file(told, vma.source, region.mm.dirty(vma.ar)))
     return tuple(found)
 
 
@@ -90,22 +92,27 @@ def region_file(region: Region) -> str:
 
 
 def maps_text(region: Region) -> str:
-    """One line a VMA, as in /proc/PID/maps: addresses, protection, offset, what it is."""
-    return "".join(_maps_line(region, vma.ar, vma.prot.as_text()) for vma in region.mm.vmas)
+    """One line a VMA, as in /proc/PID/maps: addresses, protection, offset, what it is.
+
+    The offset is that in the file which the VMA shows, and of anonymous memory that in the region.
+    """
+    return "".join(_maps_line(region, vma) for vma in region.mm.vmas)
 
 
 def smaps_text(region: Region) -> str:
     """As ``maps_text``, with sizes below each VMA, as in /proc/PID/smaps."""
     lines = []
     for asked, vma in zip(region.mm.vmas, vmas(region), strict=True):
-        lines.append(_maps_line(region, asked.ar, asked.prot.as_text()))
+        lines.append(_maps_line(region, asked))
         huge = sum(r.size for r, pte in region.mm.table.runs(asked.ar) if pte.flags & PteFlag.HUGE)
         lines += [
             f"Size:           {vma.length // 1024:>8} kB\n",
             f"Resident:       {vma.resident // 1024:>8} kB\n",
             f"HugeLeaves:     {huge // 1024:>8} kB\n",
-            f"Faults:         {'paged' if vma.paged else 'native':>8}\n",
         ]
+        if vma.file is not None:
+            lines.append(f"Dirty:          {vma.dirty // 1024:>8} kB\n")
+        lines.append(f"Faults:         {'paged' if vma.paged else 'native':>8}\n")
     return "".join(lines)
 
 
@@ -179,5 +186,14 @@ _METRICS = (
 )
 
 
-def _maps_line(region: Region, ar: AddrRange, prot: str) -> str:
-    return f"{ar} {prot}s {region.offset_of(ar):012x} [anon]\n"
+def _of_file(told: Vma, source: FileSource, dirty: Iterable[AddrRange]) -> Vma:
+    """What is told of a mapping, with what it shows."""
+    size = sum(ar.size for ar in dirty)
+    return attrs.evolve(told, shared=source.shared, file=source.file, file_offset=source.offset, dirty=size)
+
+
+def _maps_line(region: Region, vma: HostVma) -> str:
+    ar, prot, source = vma.ar, vma.prot.as_text(), vma.source
+    if source is None:
+        return f"{ar} {prot}s {region.offset_of(ar):012x} [anon]\n"
+    return f"{ar} {prot}{'s' if source.shared else 'p'} {source.offset:012x} [file {source.file}]\n"

@@ -143,9 +143,7 @@ class HostMm:
         They are protected first, so that a store during the copy is reported, and counts.
         """
         effects: list[Change] = []
-        for vma in self.vmas.overlapping(ar):
-            if vma.source is None or not vma.source.shared:
-                continue
+        for vma in filter(lambda vma: vma.reaches_file, self.vmas.overlapping(ar)):
             for run in self.dirty(vma.clipped(ar).ar):
                 source = vma.source_at(run.start)
                 assert source is not None
@@ -161,13 +159,12 @@ class HostMm:
         """Enter pages that were filled from their file. Preconditions: the tables hold nothing there."""
         for vma in self.vmas.overlapping(ar):
             part = vma.clipped(ar).ar
-            clean = Prot.READ if vma.source is not None and vma.source.shared else vma.prot
-            self.table.set_range(part, self.frame_at(part.start), pte_flags(clean))
+            self.table.set_range(part, self.frame_at(part.start), _clean_flags(vma))
 
     def stored_to(self, page: AddrRange) -> None:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
         vma = self.vmas.find(page.start)
-        if vma is not None and vma.source is not None and vma.source.shared:
+        if vma is not None and vma.reaches_file:
             self.table.set_range(page, self.frame_at(page.start), pte_flags(vma.prot) | PteFlag.DIRTY)
 
     def files(self) -> set[FileId]:
@@ -177,6 +174,10 @@ class HostMm:
     def armings(self) -> Iterator[tuple[AddrRange, Arming]]:
         """What a new attachment must be armed with, in order: ranges that are not native."""
         return ((ar, arming) for ar, arming in self._armings(self.ar) if arming)
+
+    def arming_at(self, page: AddrRange) -> Arming:
+        """How one page is armed."""
+        return self._armings(page)[0][1]
 
     def sync(self, present: Iterable[AddrRange], *, huge: bool) -> None:
         """Bring the tables up to date with the backing's allocation map: native memory fills without a word.
@@ -214,7 +215,7 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             if not vma.prot & PROT_RW:
                 continue
-            flags = pte_flags(Prot.READ if vma.source is not None and vma.source.shared else vma.prot)
+            flags = _clean_flags(vma)
             for piece in vma.clipped(ar).ar.pieces(PMD_SIZE):
                 frame = self.frame_at(piece.start)
                 if huge and piece.size == PMD_SIZE and frame % FRAMES_IN_PMD == 0:
@@ -223,9 +224,13 @@ class HostMm:
                     self.table.set_range(piece, frame, flags)
 
     def _follow_prot(self, ar: AddrRange, prot: Prot) -> None:
-        """Make installed pages agree with a new protection; a page nobody may touch is not installed."""
+        """Make installed pages agree with a new protection; a page nobody may touch is not installed.
+
+        One that reaches a file stays protected until it is stored to.
+        """
         if prot & Prot.WRITE:
-            self.table.change_flags(ar, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
+            for vma in filter(lambda vma: not vma.reaches_file, self.vmas.overlapping(ar)):
+                self.table.change_flags(vma.clipped(ar).ar, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
         elif prot & Prot.READ:
             self.table.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         else:
@@ -325,9 +330,14 @@ def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
     hides, shows = not prot & PROT_RW, not vma.prot & PROT_RW
     if hides == shows:
         return []
-    if vma.source is not None and vma.source.shared:
+    if vma.reaches_file:
         return [Punch(vma.ar)] if hides else []
     return [Stash(vma.ar) if hides else Unstash(vma.ar)]
+
+
+def _clean_flags(vma: Vma) -> PteFlag:
+    """The flags of a page that nobody stored to: the first store to what reaches a file must be seen."""
+    return pte_flags(Prot.READ if vma.reaches_file else vma.prot)
 
 
 def _check_store(source: FileSource | None, prot: Prot) -> None:

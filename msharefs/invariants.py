@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from msharefs.addr import PAGE_SHIFT, PAGE_SIZE
+from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, AddrRange
 from msharefs.errors import InternalError
 from msharefs.host_mm import HostMm
-from msharefs.page_table import FRAMES_IN_PMD, PteFlag
+from msharefs.page_table import FRAMES_IN_PMD, Pte, PteFlag
 from msharefs.perms import PROT_RW, Prot
+from msharefs.vma import Vma
 
 
 def check_mm(mm: HostMm) -> None:
@@ -14,7 +15,7 @@ def check_mm(mm: HostMm) -> None:
 
     VMAs: whole pages, inside the region, ordered, apart, merged. Tables: counts as recounted. Installed is within
     asked: every page lies in a VMA that may be touched, writable only where the VMA is, in its own frame; a 2 MiB leaf
-    has a frame at a border of 2 MiB.
+    has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those of them that are writable.
     """
     _check_vmas(mm)
     _check_counts(mm)
@@ -55,5 +56,14 @@ def _check_pages(mm: HostMm) -> None:
                 raise InternalError(f"pages {run} are installed in {vma.ar}, which nobody may touch")
             if pte.flags & PteFlag.WRITE and not vma.prot & Prot.WRITE:
                 raise InternalError(f"pages {run} are writable in the read-only {vma.ar}")
+            _check_dirty(run, pte, vma)
     if inside != mm.table.resident:
         raise InternalError(f"{mm.table.resident - inside} bytes are installed outside {mm.ar}")
+
+
+def _check_dirty(run: AddrRange, pte: Pte, vma: Vma) -> None:
+    dirty = bool(pte.flags & PteFlag.DIRTY)
+    if dirty and not vma.reaches_file:
+        raise InternalError(f"pages {run} are dirty in {vma.ar}, which reaches no file")
+    if vma.reaches_file and dirty != bool(pte.flags & PteFlag.WRITE):
+        raise InternalError(f"pages {run} of a shared file are dirty or writable, and not both")

@@ -109,7 +109,9 @@ class Offer:
 
 @attrs.frozen
 class Mapped:
-    """Client: the window stands at ``addr``. One descriptor, its userfaultfd.
+    """Client: the window stands at ``addr``. Descriptors: its userfaultfd, and perhaps a second one.
+
+    The second is for pages that a system call must not store to: it answers by itself, with SIGBUS or EFAULT.
 
     ``anchor`` is the address of ANCHOR_PAGES pages of private anonymous memory that nobody touches (PROT_NONE): the
     daemon registers the first with the userfaultfd, so that every fork is reported, and others to tell children apart.

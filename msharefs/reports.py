@@ -37,13 +37,22 @@ class RegionStat:
 
 @attrs.frozen
 class Vma:
-    """One mapping inside a region, as the client sees it: offset and length in bytes, protection as PROT_*."""
+    """One mapping inside a region, as the client sees it: offset and length in bytes, protection as PROT_*.
+
+    ``shared``: stores reach everybody it shows to, be that the region's processes or the file. ``file`` numbers the
+    files of a region, None is anonymous memory; what lies at ``file_offset`` shows at the mapping's start. ``dirty``
+    are the bytes in pages that were stored to and are not in the file yet.
+    """
 
     offset: int
     length: int
     prot: int
     paged: bool
     resident: int
+    shared: bool = True
+    file: int | None = None
+    file_offset: int = 0
+    dirty: int = 0
 
 
 @attrs.frozen

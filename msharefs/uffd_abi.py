@@ -35,6 +35,7 @@ class Feature(enum.IntFlag):
     EVENT_FORK = 1 << 1
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
+    SIGBUS = 1 << 7
     THREAD_ID = 1 << 8
     EXACT_ADDRESS = 1 << 11
     WP_HUGETLBFS_SHMEM = 1 << 12

@@ -47,6 +47,11 @@ class Vma:
     prot: Prot = PROT_RW
     source: FileSource | None = None
 
+    @property
+    def reaches_file(self) -> bool:
+        """Whether stores have to reach a file."""
+        return self.source is not None and self.source.shared
+
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
         start, end = max(self.ar.start, ar.start), min(self.ar.end, ar.end)
@@ -80,5 +85,5 @@ class Vma:
         """
         if not self.prot & PROT_RW:
             return Arming.MISSING
-        protected = not self.prot & Prot.WRITE or (self.source is not None and self.source.shared)
+        protected = not self.prot & Prot.WRITE or self.reaches_file
         return (Arming.WP if protected else Arming.NATIVE) | (Arming.MISSING if self.source else Arming.NATIVE)

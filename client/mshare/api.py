@@ -155,7 +155,7 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
             donation.hand_over(backing, device)
         window.make_userfaultfd(device)
         request = protocol.Mapped(offer.offer, offer.addr, window.anchor)
-        attached = link.call(request, protocol.Attached, (window.userfaultfd,))
+        attached = _mapped(link, request, window.userfaultfd, device)
         window.open()
     except BaseException:
         window.discard()
@@ -168,6 +168,15 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
         for fd in fds:
             os.close(fd)
     return Region(name, link, window, offer, attached.attachment)
+
+
+def _mapped(link: Connection, request: protocol.Mapped, uffd: int, device: int | None) -> protocol.Attached:
+    """Hand the window's userfaultfd over, and one more, which is the daemon's alone, for what it must refuse."""
+    second = sc.userfaultfd(device)
+    try:
+        return link.call(request, protocol.Attached, (uffd, second))
+    finally:
+        os.close(second)
 
 
 def _check_flags(oflags: int) -> None:

@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -35,8 +35,7 @@ class Connection:
     def call(self, request: protocol.Request, expected: type[R], fds: tuple[int, ...] = ()) -> R:
         """Make a request whose reply brings no descriptors; the reply. Raises OSError as the daemon says."""
         reply, received = self.exchange(request, fds)
-        for fd in received:
-            os.close(fd)
+        _close(received)
         return reply_of(reply, expected)
 
     def exchange(self, request: protocol.Request, fds: tuple[int, ...] = ()) -> tuple[protocol.Message, list[int]]:
@@ -48,6 +47,7 @@ class Connection:
                 self._hang_up()  # Half a conversation: the next reply would not be ours.
                 raise
         if isinstance(reply, protocol.Failed):
+            _close(received)
             raise OSError(reply.errno, reply.message)
         return reply, received
 
@@ -80,10 +80,14 @@ class Connection:
         try:
             sock.connect(str(path))
             _send(sock, protocol.Hello(f"mshare pid {os.getpid()}"), ())
-            welcome, _ = _receive(sock)
+            welcome, received = _receive(sock)
+            _close(received)
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"no daemon answers at {path}: {error.strerror}; {HOW_TO_START}") from error
+        except BaseException:
+            sock.close()
+            raise
         if not isinstance(welcome, protocol.Welcome):
             sock.close()
             text = welcome.message if isinstance(welcome, protocol.Failed) else f"{welcome}"
@@ -156,9 +160,13 @@ def _receive(sock: socket.socket) -> tuple[protocol.Message, list[int]]:
     try:
         return _checked(packet, len(fds), flags), list(fds)
     except BaseException:
-        for fd in fds:
-            os.close(fd)
+        _close(fds)
         raise
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _checked(packet: bytes, received: int, flags: int) -> protocol.Message:

@@ -130,7 +130,7 @@ class Mapping:
 def own_mappings(start: int, end: int) -> list[Mapping]:
     """This process's mappings with an address in ``start..end``, in order, as the kernel has them, unclipped."""
     found = []
-    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")[:-1]:  # Paths may hold other line ends.
         fields = line.split(maxsplit=5)
         low, _, high = fields[0].partition("-")
         if int(low, 16) < end and start < int(high, 16):

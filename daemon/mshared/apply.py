@@ -15,7 +15,7 @@ from typing import Final
 
 from mshared import backing, processes
 from mshared.live import LiveAttachment, LiveRegion
-from mshared.uffd import Outcome, classify
+from mshared.uffd import Outcome, Uffd, classify
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
     Allow,
@@ -60,6 +60,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
     far.
     """
     for attachment in region.attachments:
+        take_back(attachment)
         _unpoison(attachment)
     region.changing = True
     try:
@@ -179,8 +180,9 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
     """Signal the thread, or fail the system call in which it touched the page.
 
     In a system call a signal would not even end the fault: the kernel tries again and again. A poisoned page makes the
-    call fail with EFAULT, as it should; a page that is there, and protected, cannot be poisoned, and then the process
-    ends. A thread that blocks or ignores the signal is poisoned too: as in a kernel, it cannot look away.
+    call fail with EFAULT, as it should. A page that is there, and protected, cannot be poisoned: the userfaultfd that
+    answers by itself has it for a moment. A forked child has none, and ends. A thread that blocks or ignores the signal
+    is poisoned too: as in a kernel, it cannot look away.
     """
     pid = attachment.model.pid or processes.process_of_thread(tid)
     if pid is None:
@@ -193,6 +195,9 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
         if outcome is not Outcome.EXISTS:
             log.info("%s: EFAULT for thread %d at %#x", attachment, tid, addr)
             return outcome
+        if attachment.sigbus is not None:
+            log.info("%s: EFAULT for thread %d, which stores at %#x", attachment, tid, addr)
+            return _try(attachment, partial(_refuse, attachment, attachment.sigbus, AddrRange.page_at(addr)))
     if pending:
         log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
         return _kill(pid)
@@ -209,6 +214,26 @@ def _poison(attachment: LiveAttachment, addr: Address) -> Outcome:
     if outcome is Outcome.SERVED:
         attachment.poisoned.add(page.start)
     return outcome
+
+
+def _refuse(attachment: LiveAttachment, sigbus: Uffd, page: AddrRange) -> None:
+    """Give a protected page to the userfaultfd that answers by itself. Ending the first's care wakes nobody yet."""
+    attachment.uffd.unmark(page)
+    sigbus.arm(page, Arming.WP)
+    attachment.refused.add(page.start)
+    attachment.uffd.wake(page)
+
+
+def take_back(attachment: LiveAttachment) -> None:
+    """Arm refused pages again as the region is armed."""
+    model = attachment.region.model
+    for start in list(attachment.refused):
+        page = AddrRange.page_at(start)
+        host = page.moved(model.ar.start - attachment.model.window.start)
+        if attachment.sigbus is not None:
+            _try(attachment, partial(attachment.sigbus.unmark, page))
+        _try(attachment, partial(attachment.uffd.arm, page, model.mm.arming_at(host)))
+        attachment.refused.discard(start)
 
 
 def _send(pid: int, tid: int, signal: Signal, addr: Address) -> Outcome:

@@ -168,10 +168,11 @@ class _Connection:
                 _expect(fds, 1)
                 return self._offered(*await service.attach(caller, message, fds[0], self._device))
             case protocol.Mapped():
-                _expect(fds, 1)
-                answer = service.mapped(caller, message, self._offer(message.offer), fds[0])
+                _expect(fds, 1, 2)
+                sigbus = fds[1] if len(fds) > 1 else None
+                answer = service.mapped(caller, message, self._offer(message.offer), fds[0], sigbus)
                 del self._offers[message.offer]
-                fds.pop()
+                fds.clear()
                 return answer
             case protocol.Abort():
                 _expect(fds, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterable
 from typing import Final
 
@@ -33,6 +34,11 @@ from msharefs.region import AttachmentId, Region, RegionId
 
 log = logging.getLogger(__name__)
 
+_SIGBUS_FEATURES: Final = (
+    abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
+)
+_REFUSAL_TIME: Final = 0.01
+"""Seconds for which a page is refused by the kernel alone, so that the system call that met it comes to its end."""
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
 
@@ -105,17 +111,26 @@ class Lifetimes:
         apply.carry_out(region, region.model.mm.write_back(region.model.ar), self.read_events)
 
     def attach(
-        self, region: LiveRegion, window: int, pid: int, fd: int, anchor: int, *, readonly: bool
+        self,
+        region: LiveRegion,
+        window: int,
+        pid: int,
+        fd: int,
+        anchor: int,
+        *,
+        readonly: bool,
+        sigbus: int | None = None,
     ) -> LiveAttachment:
-        """Arm a new window and count it. Takes the descriptor when it succeeds.
+        """Arm a new window and count it. Takes the descriptors when it succeeds.
 
         Raises BadDescriptorError when ``fd`` is no fresh userfaultfd, InvalidArgumentError when window or anchor are
         not mapped in its address space.
         """
-        uffd = self._open(fd)
+        uffd = self._open(fd, self._features)
+        denier = None if sigbus is None else self._open(sigbus, _SIGBUS_FEATURES)
         was_ready = region.model.ready
         model = self.namespace.attach(region.model, window, pid, readonly=readonly)
-        live = LiveAttachment(model, region, uffd, Address(anchor))
+        live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier)
         try:
             if self.fork_events:
                 uffd.mark(AddrRange.sized(anchor, PAGE_SIZE))
@@ -137,7 +152,7 @@ class Lifetimes:
         live.region.attachments.remove(live)
         self.forks.discard(live)
         self._pager.remove(live.uffd.fd)
-        live.uffd.close()
+        live.close()
         gone = self.namespace.detach(live.region.model, live.model)
         self._unwatch_process(live.model.pid)
         if not live.region.attachments:
@@ -176,13 +191,13 @@ class Lifetimes:
         live.model.forked_from = model.id
         return live
 
-    def _open(self, fd: int) -> Uffd:
+    def _open(self, fd: int, features: abi.Feature) -> Uffd:
         if not is_userfaultfd(fd):
             raise BadDescriptorError("the descriptor is no userfaultfd; make one with the device that was offered")
         os.set_blocking(fd, False)
         uffd = Uffd(fd)
         try:
-            uffd.open_api(self._features)
+            uffd.open_api(features)
         except OSError as error:
             raise BadDescriptorError(f"the userfaultfd cannot be opened ({error.strerror}); send a new one") from error
         return uffd
@@ -238,9 +253,20 @@ class Lifetimes:
             self.filling.request(effect.ar, Waiting(live, flags, addr, tid))
             return
         outcome = apply.answer_fault(live, Address(addr), tid, effect)
+        if live.refused:
+            self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
         region.faults += outcome is Outcome.SERVED
         if outcome is Outcome.RETRY:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+
+    def _take_back_after(self, live: LiveAttachment, deadline: float) -> None:
+        """Arm refused pages as before, once the system call has seen to fail."""
+        if live.model.id not in self._attachments:
+            return
+        if time.monotonic() < deadline:
+            self._pager.later(lambda: self._take_back_after(live, deadline))
+        else:
+            apply.take_back(live)
 
     def _on_fork(self, parent: LiveAttachment, fd: int) -> None:
         """A child exists and waits in fork(): it has its parent's windows, armed as they are."""

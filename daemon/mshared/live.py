@@ -23,7 +23,8 @@ from msharefs.vma import FileId
 class LiveAttachment:
     """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``.
 
-    ``poisoned`` are the pages of its window that were marked such that system calls fail there.
+    ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
+    the userfaultfd ``sigbus`` has for the moment, to the same end.
     """
 
     model: Attachment
@@ -32,6 +33,14 @@ class LiveAttachment:
     anchor: Address
     parent_pid: int | None = None
     poisoned: set[Address] = attrs.Factory(set)
+    sigbus: Uffd | None = None
+    refused: set[Address] = attrs.Factory(set)
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        self.uffd.close()
+        if self.sigbus is not None:
+            self.sigbus.close()
 
     def __str__(self) -> str:
         """How log lines start."""

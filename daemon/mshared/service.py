@@ -134,12 +134,16 @@ class Service:
         check_window(live.model, addr)
         return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
-    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int) -> Answer:
-        """Arm the window and count it. The userfaultfd is the daemon's from here on, if this succeeds."""
+    def mapped(
+        self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int, sigbus: int | None
+    ) -> Answer:
+        """Arm the window and count it. The userfaultfds are the daemon's from here on, if this succeeds."""
         region = pending.region
         if self.namespace.get(region.model.id) is None:
             raise NotFoundError("the region is gone; it was removed in the meantime")
-        live = self.lifetimes.attach(region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly)
+        live = self.lifetimes.attach(
+            region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly, sigbus=sigbus
+        )
         if pending.donated:
             self._settle_donation(live, pending.donated)
         return Answer(protocol.Attached(live.model.id))
