@@ -87,6 +87,12 @@ class NotSupportedError(MshareError):
     errno = errno.EOPNOTSUPP
 
 
+class OffsetTooLargeError(MshareError):
+    """An offset that no file can have."""
+
+    errno = errno.EOVERFLOW
+
+
 class NoDeviceError(MshareError):
     """A file of a kind that cannot be mapped."""
 

@@ -57,6 +57,7 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         return Resolution(Allow(page))
     source = vma.source_at(page.start)
     if source is not None:
+        mm.missed(page)
         return Resolution(Fill(page, source.file, source.offset))
     mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
     return Resolution(ZeroFill(page, protected=not Access.WRITE.allowed_by(vma.prot)))

@@ -20,7 +20,14 @@ from msharefs.addr import (
 )
 from msharefs.armings import changes, page_within, united
 from msharefs.effects import Arm, Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
-from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError, NoMemoryError, NotSupportedError
+from msharefs.errors import (
+    AccessDeniedError,
+    ExistsError,
+    InvalidArgumentError,
+    NoMemoryError,
+    NotSupportedError,
+    OffsetTooLargeError,
+)
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.page_table import FRAMES_IN_PMD, PageTable, Pte, PteFlag, pte_flags
 from msharefs.perms import PROT_RW, Prot
@@ -29,6 +36,9 @@ from msharefs.vma_set import VmaSet
 
 MAX_VMAS = 16_000
 """Mappings in a region at most: each may split every process's window several times, 65530 being the kernel's limit."""
+
+MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
+"""Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
 
 
 class HostMm:
@@ -76,10 +86,11 @@ class HostMm:
 
         ``ar`` None, or taken and not ``fixed``: the lowest gap. ``fixed`` without ``replace`` is MAP_FIXED_NOREPLACE,
         with it MAP_FIXED. Raises InvalidArgumentError, ExistsError, NoMemoryError (no gap), AccessDeniedError for
-        PROT_EXEC, and for stores that cannot reach the file.
+        PROT_EXEC and for stores that cannot reach the file, OffsetTooLargeError for a part that no file can have.
         """
         _check_prot(prot)
         _check_store(source, prot)
+        _check_end(source, size)
         self._check_count()
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
         before = self._armings(self._granules(place))
@@ -160,6 +171,15 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             part = vma.clipped(ar).ar
             self.table.set_range(part, self.frame_at(part.start), _clean_flags(vma))
+
+    def missed(self, page: AddrRange) -> None:
+        """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
+
+        Of a dirty one this is old news: it was filled, and stored to, since the thread stopped.
+        """
+        pte = self.table.walk(page.start)
+        if pte is not None and not pte.flags & PteFlag.DIRTY:
+            self.table.clear_range(page)
 
     def stored_to(self, page: AddrRange) -> None:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
@@ -344,6 +364,12 @@ def _check_store(source: FileSource | None, prot: Prot) -> None:
     """A store to a shared mapping must be able to reach the file."""
     if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
         raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
+
+
+def _check_end(source: FileSource | None, size: int) -> None:
+    """A file ends where the kernel's offsets do (compare mm/mmap.c:file_mmap_ok)."""
+    if source is not None and source.offset + size > MAX_FILE_SIZE:
+        raise OffsetTooLargeError(f"no file has {size} bytes at {source.offset}: it has {MAX_FILE_SIZE} at most")
 
 
 def _check_prot(prot: Prot) -> None:

@@ -16,7 +16,6 @@ from msharefs.errors import (
     ExistsError,
     InternalError,
     InvalidArgumentError,
-    NameTooLongError,
     NoMemoryError,
     NoSpaceError,
     NotFoundError,
@@ -24,12 +23,11 @@ from msharefs.errors import (
     QuotaError,
 )
 from msharefs.host_mm import HostMm, check_user_range
+from msharefs.names import check_name
 from msharefs.perms import Credentials, FileAccess, Ownership
 from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
 from msharefs.units import format_size
 
-INFO_NAME = "mshare_info"
-NAME_MAX = 255
 STICKY = 0o1000
 
 
@@ -51,24 +49,6 @@ class Policy:
     paging_all: bool = False
     hole_signal: Signal = Signal.SIGBUS
     limits: Limits = Limits()
-
-
-def check_name(name: str) -> str:
-    """Refuse a name no region can have; the name otherwise."""
-    try:
-        raw = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # A lone surrogate that stands for no byte.
-        raw = b""
-    if len(raw) > NAME_MAX:
-        raise NameTooLongError(f"a region's name has at most {NAME_MAX} bytes, this one {len(raw)}")
-    unfit = not raw or name.startswith(".") or "/" in name or "\0" in name or name == INFO_NAME
-    # Bytes of good UTF-8 may come escaped one by one: the mount would show another name than the one asked for.
-    if unfit or raw.decode("utf-8", "surrogateescape") != name:
-        raise InvalidArgumentError(
-            f"{name!r} cannot name a region: use one path component of 1 to {NAME_MAX} bytes that does not start "
-            f"with a dot and is not {INFO_NAME!r}"
-        )
-    return name
 
 
 class Namespace:

@@ -10,7 +10,7 @@ from typing import Final
 import attrs
 
 from msharefs.mountinfo import msharefs_mounts
-from msharefs.namespace import INFO_NAME
+from msharefs.names import INFO_NAME
 
 ENVIRONMENT: Final = "MSHAREFS"
 HOW_TO_START: Final = "start one with `mshare up`, or `mshared` as root"

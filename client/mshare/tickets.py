@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mshare.discovery import read_info
 from msharefs.errors import MshareError
-from msharefs.namespace import check_name
+from msharefs.names import check_name
 
 Name = str | bytes
 

@@ -25,7 +25,7 @@ import pyfuse3
 from mshared.service import INODES_A_REGION, Service
 from msharefs import dump
 from msharefs.errors import MshareError
-from msharefs.namespace import INFO_NAME, NAME_MAX
+from msharefs.names import INFO_NAME, NAME_MAX
 from msharefs.perms import Ownership
 from msharefs.region import Region, RegionId
 

@@ -34,7 +34,8 @@ from msharefs.errors import (
     QuotaError,
 )
 from msharefs.invariants import check_mm
-from msharefs.namespace import Limits, Namespace, Policy, check_name, check_window
+from msharefs.names import check_name
+from msharefs.namespace import Limits, Namespace, Policy, check_window
 from msharefs.perms import PROT_RW, Credentials, Ownership
 from msharefs.region import AttachmentId, BackingKind, Region
 
