@@ -12,17 +12,17 @@ import attrs
 import trio
 
 from mshared import apply
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment
+from mshared.writeback import flush
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE, AddrRange
-from msharefs.effects import Change, Protect, WriteBack
+from msharefs.effects import Change
 from msharefs.errors import (
     AccessDeniedError,
     BadDescriptorError,
     InvalidArgumentError,
     NoDeviceError,
     NoMemoryError,
-    NoSpaceError,
 )
 from msharefs.perms import Advice, MapFlag, Prot
 from msharefs.vma import FileSource
@@ -131,16 +131,8 @@ class Changes:
                 raise AccessDeniedError(f"{ar} may not be touched like that throughout; mprotect it first")
 
     async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
-        """Write back off the loop; what cannot be written stays dirty. Raises MshareError.
-
-        What a change writes back by itself is then little: what was stored to in the meantime.
-        """
-        region = live.region
-        effects = region.model.mm.write_back(inside) if (inside := ar.intersect(region.model.ar)) else []
-        apply.carry_out(region, (e for e in effects if isinstance(e, Protect)), self._read_events)
-        for effect in effects:
-            if isinstance(effect, WriteBack):
-                await _write_off_the_loop(region, effect)
+        """Write back beforehand: what a change writes back by itself, on the loop, is then little."""
+        await flush(live.region, ar, self._read_events)
 
     def _change(self, live: LiveAttachment, decide: Callable[[], list[Change]]) -> None:
         """Decide and carry out, in every process; when memory is short, all is as before.
@@ -201,20 +193,6 @@ async def _opened(file: int) -> Opened:
             raise AccessDeniedError("the file was opened with O_APPEND; open it without") from None
         fd = os.dup(file)
     return Opened(fd, access == os.O_RDWR)
-
-
-async def _write_off_the_loop(region: LiveRegion, effect: WriteBack) -> None:
-    """Write one run back in a worker thread. Raises NoSpaceError with the run dirty again."""
-    where = effect.ar.moved(-region.model.ar.start)
-    memory, file = os.dup(region.backing.fd), os.dup(region.files[effect.file])
-    try:
-        await trio.to_thread.run_sync(apply.write_back, memory, file, where, effect.offset)
-    except OSError as error:
-        region.model.mm.stored_to(effect.ar)
-        raise NoSpaceError(f"cannot write to the mapped file: {error.strerror}") from error
-    finally:
-        os.close(memory)
-        os.close(file)
 
 
 def _checked_flags(number: int, file: int | None) -> MapFlag:

@@ -51,7 +51,8 @@ class LiveAttachment:
 class LiveRegion:
     """A region and its files: those of its memory, and in ``files`` those that are mapped into it.
 
-    ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone.
+    ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone. ``lock`` is held by a
+    change from its first await to its end.
     ``changing`` while a change is carried out: faults wait, since the model is ahead of the memory; ``arming_now`` is
     what it has armed so far. ``created_ns`` is the wall clock's time, for people.
     """
@@ -64,6 +65,7 @@ class LiveRegion:
     created_ns: int = attrs.Factory(time.time_ns)
     files: dict[FileId, int] = attrs.Factory(dict)
     closed: bool = False
+    lock: trio.Lock = attrs.Factory(trio.Lock)
     changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
     _stash: int | None = None
