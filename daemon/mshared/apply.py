@@ -40,6 +40,8 @@ from msharefs.vma import Arming
 log = logging.getLogger(__name__)
 
 _MOST_TRIES: Final = 10_000
+_MOST_LOGGED: Final = 20
+"""Lines a window may have in the log: a process that catches its signals can go on for ever."""
 _WRITE_SIZE: Final = 1 << 20
 
 
@@ -188,23 +190,25 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
     if pid is None:
         return Outcome.GONE
     tid = processes.thread_seen_from_here(pid, tid)
+    attachment.refusals += 1
+    level = logging.INFO if attachment.refusals <= _MOST_LOGGED else logging.DEBUG
     # A thread that comes back with its signal still pending has not been in user mode since.
     pending = processes.is_pending(pid, tid, signal)
     if pending or processes.in_system_call(pid, tid):
         outcome = _poison(attachment, addr)
         if outcome is not Outcome.EXISTS:
-            log.info("%s: EFAULT for thread %d at %#x", attachment, tid, addr)
+            log.log(level, "%s: EFAULT for thread %d at %#x", attachment, tid, addr)
             return outcome
         if attachment.sigbus is not None:
-            log.info("%s: EFAULT for thread %d, which stores at %#x", attachment, tid, addr)
+            log.log(level, "%s: EFAULT for thread %d, which stores at %#x", attachment, tid, addr)
             return _try(attachment, partial(_refuse, attachment, attachment.sigbus, AddrRange.page_at(addr)))
     if pending:
         log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
         return _kill(pid)
     if processes.would_miss(pid, tid, signal):
-        log.info("%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
+        log.log(level, "%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
         return _poison(attachment, addr)
-    log.info("%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
+    log.log(level, "%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
     return _send(pid, tid, signal, addr)
 
 

@@ -24,7 +24,7 @@ class LiveAttachment:
     """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``.
 
     ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
-    the userfaultfd ``sigbus`` has for the moment, to the same end.
+    the userfaultfd ``sigbus`` has for the moment, to the same end. ``refusals`` counts touches that were not allowed.
     """
 
     model: Attachment
@@ -35,6 +35,7 @@ class LiveAttachment:
     poisoned: set[Address] = attrs.Factory(set)
     sigbus: Uffd | None = None
     refused: set[Address] = attrs.Factory(set)
+    refusals: int = 0
 
     def close(self) -> None:
         """Close its descriptors."""
