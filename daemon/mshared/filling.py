@@ -17,15 +17,17 @@ import attrs
 import trio
 
 from mshared import apply
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment, LiveRegion, Reading
 from msharefs.addr import PAGE_SIZE, Address, AddrRange, round_up
 from msharefs.effects import Deliver, Signal
 from msharefs.vma import FileSource
 
 log = logging.getLogger(__name__)
 
-PIECE: Final = 256 << 10
+PIECE: Final = 128 << 10
 """Bytes that are read at once around a page, as far as its mapping reaches."""
+MOST: Final = 2 << 20
+"""Bytes that are read at once when pages are touched in order, and as much again ahead (compare mm/readahead.c)."""
 _WORKERS: Final = 4
 
 
@@ -50,13 +52,28 @@ class Filling:
     def request(self, page: AddrRange, fault: Waiting) -> None:
         """Have the file's page at the host range ``page`` read, and the fault decided again."""
         region = fault.attachment.region
+        reading = region.reading
+        under_way = _piece_with(reading, page.start)
+        if under_way is not None:
+            self._waiting[region.model.id, under_way.start].append(fault)
+            return
         vma = region.model.mm.vmas.find(page.start)
-        around = AddrRange.page_at(page.start, PIECE).intersect(vma.ar) if vma is not None else None
-        piece = around or page
-        waiting = self._waiting.setdefault((region.model.id, piece.start), [])
-        waiting.append(fault)
-        if len(waiting) == 1:
-            self._send.send_nowait((region, piece))
+        whole = vma.ar if vma is not None else page
+        in_order = page.start == reading.end
+        size = min(2 * reading.size, MOST) if in_order else PIECE
+        piece = AddrRange.sized(page.start, size) if in_order else AddrRange.page_at(page.start, size)
+        piece = piece.intersect(whole) or page
+        self._enqueue(region, piece).append(fault)
+        ahead = AddrRange.sized(piece.end, size).intersect(whole) if in_order else None
+        if ahead is not None and _piece_with(reading, ahead.start) is None:
+            self._enqueue(region, ahead)
+        reading.end, reading.size = (ahead or piece).end, size
+
+    def _enqueue(self, region: LiveRegion, piece: AddrRange) -> list[Waiting]:
+        """Have a piece read; the faults that wait for it."""
+        region.reading.under_way.append(piece)
+        self._send.send_nowait((region, piece))
+        return self._waiting.setdefault((region.model.id, piece.start), [])
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -69,6 +86,7 @@ class Filling:
             beyond = 0
             with contextlib.suppress(_Gone):
                 beyond = await self._fill(region, piece)
+            region.reading.under_way.remove(piece)
             for fault in self._waiting.pop((region.model.id, piece.start), []):
                 self._go_on(fault, beyond)
 
@@ -110,6 +128,11 @@ class Filling:
 
 class _Gone(Exception):
     """The mapping is another by now."""
+
+
+def _piece_with(reading: Reading, addr: Address) -> AddrRange | None:
+    """The piece that is being read and holds ``addr``."""
+    return next((piece for piece in reading.under_way if addr in piece), None)
 
 
 def _source_of(region: LiveRegion, piece: AddrRange) -> FileSource:

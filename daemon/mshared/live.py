@@ -48,6 +48,17 @@ class LiveAttachment:
         return f"region {self.region.model.name or self.region.model.id} pid {self.model.pid}"
 
 
+@attrs.define
+class Reading:
+    """What is being read of mapped files (host ranges), and where the last read ended, to tell whether pages are
+    touched in order; ``size`` is what was read at once.
+    """
+
+    under_way: list[AddrRange] = attrs.Factory(list)
+    end: int = 0
+    size: int = 0
+
+
 @attrs.define(eq=False)
 class LiveRegion:
     """A region and its files: those of its memory, and in ``files`` those that are mapped into it.
@@ -69,6 +80,7 @@ class LiveRegion:
     lock: trio.Lock = attrs.Factory(trio.Lock)
     changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
+    reading: Reading = attrs.Factory(Reading)
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
