@@ -50,8 +50,9 @@ class LiveAttachment:
 
 @attrs.define
 class Reading:
-    """What is being read of mapped files (host ranges), and where the last read ended, to tell whether pages are
-    touched in order; ``size`` is what was read at once.
+    """What is being read of mapped files, as host ranges.
+
+    ``end`` is where the last read ended, to tell whether pages are touched in order; ``size`` what was read at once.
     """
 
     under_way: list[AddrRange] = attrs.Factory(list)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from mshare.cli import cli as group
+from msharefs import protocol
 
 PATIENCE = 30.0
 READING = ("ls", "stat", "maps", "doctor")
@@ -102,3 +109,157 @@ def cli(mshare: Mshare, daemon: Any) -> Mshare:
         return Ran(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+# For the tests of single client modules, which need no mshared: other processes, and a daemon that is none.
+
+Work = Callable[[], object]
+
+
+@pytest.fixture
+def apart() -> Callable[[Work], None]:
+    """Run a function in a forked process, which must end well and in time: what may block on a fault does so there."""
+
+    def run(work: Work) -> None:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                os.write(writer, traceback.format_exc().encode()[-60000:])
+            finally:
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as words:
+            status = _status_of(pid)
+            os.set_blocking(reader, False)
+            text = (words.read() or b"").decode()
+        assert (status, text) == (0, ""), text
+
+    return run
+
+
+def _status_of(pid: int) -> int:
+    """Wait for a process, or kill it; its exit status, negative for a signal."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if not select.select([pidfd], [], [], PATIENCE)[0]:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Descriptors to send about."""
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        os.close(fd)
+
+
+@pytest.fixture
+def copies(pipe: tuple[int, int]) -> Callable[[], int]:
+    """How many descriptors of this process are ends of that pipe, beyond the two."""
+
+    def count() -> int:
+        found = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found += os.path.samestat(os.stat(f"/proc/self/fd/{fd}"), os.fstat(pipe[0]))
+        return found - 2
+
+    return count
+
+
+Reply = protocol.Message | bytes | tuple[protocol.Message | bytes, list[int]] | None
+Handler = Callable[[Any, list[int]], Reply]
+
+
+class FakeDaemon:
+    """A socket that answers as the test says, and a directory that stands in for the mount.
+
+    ``on[Kind]`` answers requests of that kind, given the message and its descriptors (closed afterwards): with a reply
+    or a whole packet, descriptors beside it or not; None hangs up. ``heard`` is what came, hello included.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.mount = directory / "mount"
+        self.mount.mkdir()
+        self.socket = directory / "socket"
+        self.heard: list[protocol.Message] = []
+        self.on: dict[type, Handler] = {protocol.Hello: lambda _hello, _fds: self.welcome}
+        self.welcome: Reply = protocol.Welcome("fake", str(self.mount), fork_events=True)
+        (self.mount / "mshare_info").write_text(f"2097152\nversion 0\nsocket {self.socket}\n")
+        self.start()
+
+    def start(self) -> None:
+        """Listen. To be called again after ``stop``, it is another daemon."""
+        self._socks = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        self._socks[0].bind(str(self.socket))
+        self._socks[0].listen()
+        self._threads: list[threading.Thread] = []
+        self._run(self._accept, self._socks[0])
+
+    def stop(self) -> None:
+        """Hang up on everybody."""
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        for sock in self._socks:
+            sock.close()
+        self.socket.unlink()
+
+    def kinds(self) -> list[type]:
+        """Of what was heard."""
+        return [type(message) for message in self.heard]
+
+    def _run(self, work: Callable[[socket.socket], None], sock: socket.socket) -> None:
+        thread = threading.Thread(target=work, args=(sock,))
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                self._socks.append(sock)
+                self._run(self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            try:
+                while self._answer(sock):
+                    pass
+            finally:
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, sock: socket.socket) -> bool:
+        packet, fds, _, _ = socket.recv_fds(sock, protocol.MAX_PACKET, 16)
+        if not packet:
+            return False
+        message, announced = protocol.decode(packet)
+        assert announced == len(fds)
+        self.heard.append(message)
+        reply = self.on[type(message)](message, fds)
+        for fd in fds:
+            os.close(fd)
+        if reply is None:
+            return False
+        reply, fds = reply if isinstance(reply, tuple) else (reply, [])
+        socket.send_fds(sock, [reply if isinstance(reply, bytes) else protocol.encode(reply, len(fds))], fds)
+        return True
+
+
+@pytest.fixture
+def fake_daemon(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    """A daemon that is none, for calls that name no mount too."""
+    daemon = FakeDaemon(directory)
+    monkeypatch.setenv("MSHAREFS", str(daemon.mount))
+    yield daemon
+    daemon.stop()

@@ -12,7 +12,7 @@ from msharefs.effects import Arm
 from msharefs.host_mm import HostMm
 from msharefs.perms import PROT_RW, Ownership, Prot
 from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
-from msharefs.vma import Arming
+from msharefs.vma import Arming, FileId, FileSource
 
 BASE = 32 << 40
 SIZE = 4 * PMD_SIZE
@@ -29,6 +29,20 @@ def region(*, backing: BackingKind = BackingKind.THP, paging_all: bool = False) 
         mm.mmap(pages(first, end), (end - first) * PAGE_SIZE, prot, fixed=True)
     mm.sync([pages(0, 512), pages(600, 602), pages(1024, 1025)], huge=True)
     return Region(RegionId(1), "db", Ownership(10, 20, 0o640), backing, mm)
+
+
+def region_of_files() -> Region:
+    """Memory, then a file mapped shared with two dirty pages, then one mapped private, then a hole."""
+    shown = Region(RegionId(1), "db", Ownership(0, 0, 0), BackingKind.SMALL, HostMm(AddrRange.sized(BASE, SIZE)))
+    log = FileSource(FileId(3), 16 * PAGE_SIZE, shared=True, writable=True)
+    code = FileSource(FileId(4), 0, shared=False, writable=False)
+    for first, source, prot in ((0, None, PROT_RW), (4, log, PROT_RW), (8, code, Prot.READ)):
+        shown.mm.mmap(pages(first, first + 4), 4 * PAGE_SIZE, prot, fixed=True, source=source)
+    shown.mm.filled(pages(4, 7))
+    for page in (4, 6):
+        shown.mm.stored_to(pages(page, page + 1))
+    shown.mm.filled(pages(8, 9))
+    return shown
 
 
 def attach(to: Region, *pids: int | None) -> None:
@@ -100,6 +114,26 @@ def test_a_vma_beside_a_hole_is_not_paged_for_that() -> None:
     assert [vma.paged for vma in dump.vmas(shown)] == [False]
 
 
+def test_vmas_of_files_are_told_with_what_they_show_and_what_is_dirty() -> None:
+    memory, log, code = dump.vmas(region_of_files())
+    size = 4 * PAGE_SIZE
+    assert (memory.shared, memory.file, memory.file_offset, memory.dirty) == (True, None, 0, 0)
+    assert log == protocol.Vma(
+        offset=size,
+        length=size,
+        prot=3,
+        paged=True,
+        resident=3 * PAGE_SIZE,
+        shared=True,
+        file=3,
+        file_offset=16 * PAGE_SIZE,
+        dirty=2 * PAGE_SIZE,
+    )
+    assert code == protocol.Vma(2 * size, size, 1, paged=True, resident=PAGE_SIZE, shared=False, file=4)
+    maps = protocol.Maps((memory, log, code))
+    assert protocol.decode(protocol.encode(maps))[0] == maps
+
+
 def test_the_region_file_goes_on_for_people() -> None:
     assert dump.region_file(region()) == "\nstart 0x200000000000\nsize 0x800000 (8388608 bytes, 8 MiB)\n"
 
@@ -109,6 +143,31 @@ def test_maps_looks_like_proc_maps() -> None:
         "200000000000-200000400000 rw-s 000000000000 [anon]\n"
         "200000400000-200000406000 r--s 000000400000 [anon]\n"
         "200000406000-200000410000 ---s 000000406000 [anon]\n"
+    )
+
+
+def test_maps_says_which_file_shows_and_from_where_on() -> None:
+    assert dump.maps_text(region_of_files()) == (
+        "200000000000-200000004000 rw-s 000000000000 [anon]\n"
+        "200000004000-200000008000 rw-s 000000010000 [file 3]\n"
+        "200000008000-20000000c000 r--p 000000000000 [file 4]\n"
+    )
+
+
+def test_smaps_counts_what_is_not_in_the_file_yet() -> None:
+    assert dump.smaps_text(region_of_files()).split("\n", 5)[5] == (
+        "200000004000-200000008000 rw-s 000000010000 [file 3]\n"
+        "Size:                 16 kB\n"
+        "Resident:             12 kB\n"
+        "HugeLeaves:            0 kB\n"
+        "Dirty:                 8 kB\n"
+        "Faults:            paged\n"
+        "200000008000-20000000c000 r--p 000000000000 [file 4]\n"
+        "Size:                 16 kB\n"
+        "Resident:              4 kB\n"
+        "HugeLeaves:            0 kB\n"
+        "Dirty:                 0 kB\n"
+        "Faults:            paged\n"
     )
 
 

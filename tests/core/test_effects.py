@@ -9,8 +9,8 @@ import attrs
 import pytest
 
 from msharefs.addr import PAGE_SIZE, AddrRange
-from msharefs.effects import Arm, Effect, Signal, ZeroFill
-from msharefs.vma import Arming
+from msharefs.effects import Answer, Arm, Change, Effect, Fill, Signal, WriteBack, ZeroFill
+from msharefs.vma import Arming, FileId
 
 PAGE = AddrRange.sized(PAGE_SIZE, PAGE_SIZE)
 
@@ -31,3 +31,11 @@ def test_effects_compare_by_what_they_say() -> None:
     assert Arm(PAGE, Arming.WP) == Arm(PAGE, Arming.WP)
     assert Arm(PAGE, Arming.WP) != Arm(PAGE, Arming.MISSING)
     assert ZeroFill(PAGE) != ZeroFill(PAGE, protected=True)
+    assert Fill(PAGE, FileId(1), 0) != Fill(PAGE, FileId(1), PAGE_SIZE)
+    assert Fill(PAGE, FileId(1), 0) != WriteBack(PAGE, FileId(1), 0)
+
+
+def test_an_effect_answers_a_fault_or_changes_the_region_for_all() -> None:
+    answers, calls = set(typing.get_args(Answer)), set(typing.get_args(Change))
+    assert answers.isdisjoint(calls)
+    assert answers | calls == set(typing.get_args(Effect))

@@ -21,6 +21,7 @@ EXPECTED = {
     errors.NoSpaceError: errno.ENOSPC,
     errors.QuotaError: errno.EDQUOT,
     errors.NotSupportedError: errno.EOPNOTSUPP,
+    errors.OffsetTooLargeError: errno.EOVERFLOW,
     errors.NoDeviceError: errno.ENODEV,
     errors.BadDescriptorError: errno.EBADF,
     errors.ProtocolError: errno.EPROTO,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange, FrameNo
-from msharefs.effects import Allow, Deliver, Signal, ZeroFill
+from msharefs.effects import Allow, Deliver, Fill, Signal, ZeroFill
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
 from msharefs.page_table import Pte, PteFlag
 from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.vma import FileId, FileSource
 
 BASE = 32 << 40
 REGION = AddrRange.sized(BASE, 2 * PMD_SIZE)
@@ -125,3 +126,73 @@ def test_a_fault_that_was_waiting_is_decided_by_what_is_mapped_now() -> None:
     assert mm.fault(fault).signal is Signal.SIGSEGV
     mm.mprotect(pages(3, 4), PROT_RW)
     assert mm.fault(fault) == Resolution(ZeroFill(pages(3, 4)))
+
+
+def mm_with_file(prot: Prot = PROT_RW, *, shared: bool = True) -> HostMm:
+    """Pages 2..5 show pages 10..13 of a file, the rest of the region is a hole."""
+    mm = HostMm(REGION)
+    source = FileSource(FileId(1), 10 * PAGE_SIZE, shared, writable=True)
+    mm.mmap(pages(2, 6), 4 * PAGE_SIZE, prot, fixed=True, source=source)
+    return mm
+
+
+FILL = Fill(pages(3, 4), FileId(1), 11 * PAGE_SIZE)
+CLEAN = PteFlag.PRESENT | PteFlag.UFFD_WP
+STORED = PteFlag.PRESENT | PteFlag.WRITE | PteFlag.DIRTY
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("prot", "access"), [(PROT_RW, Access.READ), (PROT_RW, Access.WRITE), (Prot.READ, Access.READ)]
+)
+def test_a_first_touch_of_a_file_asks_for_its_page_and_installs_nothing_yet(
+    prot: Prot, access: Access, shared: bool
+) -> None:
+    mm = mm_with_file(prot, shared=shared)
+    resolution = handle_fault(mm, Fault(within(3), access))
+    assert (resolution.effect, resolution.signal) == (FILL, None)
+    assert mm.table.resident == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("protected", [True, False])
+def test_a_store_to_a_file_that_may_only_be_read_gives_sigsegv(shared: bool, protected: bool) -> None:
+    mm = mm_with_file(Prot.READ, shared=shared)
+    mm.filled(pages(3, 4))
+    assert handle_fault(mm, Fault(within(3), Access.WRITE, protected)).signal is Signal.SIGSEGV
+    assert mm.dirty(REGION) == []
+
+
+def test_a_store_to_a_clean_page_of_a_shared_file_makes_it_dirty() -> None:
+    mm = mm_with_file()
+    mm.filled(pages(2, 6))
+    assert handle_fault(mm, Fault(within(3), Access.WRITE, protected=True)).effect == Allow(pages(3, 4))
+    assert mm.table.walk(within(3)) == Pte(FrameNo(3), STORED)
+    assert mm.table.walk(within(4)) == Pte(FrameNo(4), CLEAN)
+    check_mm(mm)
+
+
+def test_a_store_to_a_page_of_a_private_file_makes_nothing_dirty() -> None:
+    """It was protected when the thread stopped, by a mapping that is gone."""
+    mm = mm_with_file(shared=False)
+    mm.filled(pages(2, 6))
+    assert handle_fault(mm, Fault(within(3), Access.WRITE, protected=True)).effect == Allow(pages(3, 4))
+    assert mm.table.walk(within(3)) == Pte(FrameNo(3), PteFlag.PRESENT | PteFlag.WRITE)
+
+
+def test_a_page_of_a_file_that_the_kernel_misses_is_read_again_whatever_the_tables_say() -> None:
+    """Who asked for the tables may have looked at the memory before the file was mapped over it."""
+    mm = mm_with_file()
+    mm.sync([pages(0, 8)], huge=False)
+    assert mm.table.walk(within(3)) == Pte(FrameNo(3), CLEAN)
+    assert handle_fault(mm, Fault(within(3), Access.READ)).effect == FILL
+    assert mm.table.walk(within(3)) is None
+    assert mm.table.walk(within(4)) == Pte(FrameNo(4), CLEAN)
+
+
+def test_a_page_that_is_dirty_by_now_was_missing_once_and_stays_dirty() -> None:
+    mm = mm_with_file()
+    mm.filled(pages(3, 4))
+    mm.stored_to(pages(3, 4))
+    assert handle_fault(mm, Fault(within(3), Access.READ)).effect == FILL
+    assert mm.dirty(REGION) == [pages(3, 4)]

@@ -12,7 +12,7 @@ from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
 from msharefs.page_table import Pte, PteFlag, _Directory, _Leaf
 from msharefs.perms import PROT_RW, Prot
-from msharefs.vma import Vma
+from msharefs.vma import FileId, FileSource, Vma
 
 BASE = 32 << 40
 REGION = AddrRange.sized(BASE, 4 * PMD_SIZE)
@@ -25,11 +25,15 @@ def pages(first: int, end: int) -> AddrRange:
 
 
 def good_mm() -> HostMm:
-    """A little of everything: 2 MiB leaves, small pages, three protections, a hole."""
+    """A little of everything: 2 MiB leaves, small pages, three protections, a shared file, a private one, a hole."""
     mm = HostMm(REGION)
     for first, end, prot in ((0, 1024, PROT_RW), (1024, 1100, Prot.READ), (1100, 1200, Prot.NONE)):
         mm.mmap(pages(first, end), (end - first) * PAGE_SIZE, prot, fixed=True)
-    mm.sync([pages(0, 512), pages(600, 1050)], huge=True)
+    for number, shared in ((1, True), (2, False)):
+        source = FileSource(FileId(number), 0, shared, writable=True)
+        mm.mmap(pages(1300 + 100 * number, 1350 + 100 * number), 50 * PAGE_SIZE, fixed=True, source=source)
+    mm.sync([pages(0, 512), pages(600, 1050), pages(1400, 1410), pages(1500, 1510)], huge=True)
+    mm.stored_to(pages(1402, 1403))
     return mm
 
 
@@ -111,6 +115,26 @@ def writable_page_in_a_read_only_mapping(mm: HostMm) -> None:
     mm.table.set(pages(1030, 1031).start, Pte(FrameNo(1030), WRITABLE))
 
 
+def vmas_of_a_file_not_merged(mm: HostMm) -> None:
+    put_vma(mm, Vma(pages(1450, 1460), source=FileSource(FileId(1), 50 * PAGE_SIZE, shared=True, writable=True)))
+
+
+def page_of_a_shared_file_that_stores_reach_unseen(mm: HostMm) -> None:
+    mm.table.set(pages(1401, 1402).start, Pte(FrameNo(1401), WRITABLE))
+
+
+def dirty_page_that_is_protected(mm: HostMm) -> None:
+    mm.table.set(pages(1401, 1402).start, Pte(FrameNo(1401), READONLY | PteFlag.DIRTY))
+
+
+def dirty_page_of_a_private_file(mm: HostMm) -> None:
+    mm.table.set(pages(1501, 1502).start, Pte(FrameNo(1501), WRITABLE | PteFlag.DIRTY))
+
+
+def dirty_page_of_no_file(mm: HostMm) -> None:
+    mm.table.set(pages(700, 701).start, Pte(FrameNo(700), WRITABLE | PteFlag.DIRTY))
+
+
 VIOLATIONS: dict[Callable[[HostMm], None], str] = {
     vma_within_a_page: "is not made of pages of",
     vma_outside: "is not made of pages of",
@@ -129,13 +153,18 @@ VIOLATIONS: dict[Callable[[HostMm], None], str] = {
     page_with_a_foreign_frame: "has frame 701",
     page_that_nobody_may_touch: "which nobody may touch",
     writable_page_in_a_read_only_mapping: "writable in the read-only",
+    vmas_of_a_file_not_merged: "are not merged",
+    page_of_a_shared_file_that_stores_reach_unseen: "dirty or writable, and not both",
+    dirty_page_that_is_protected: "dirty or writable, and not both",
+    dirty_page_of_a_private_file: "which reaches no file",
+    dirty_page_of_no_file: "which reaches no file",
 }
 
 
 def test_a_good_mm_passes() -> None:
     mm = good_mm()
     check_mm(mm)
-    assert (mm.table.huge_pages, mm.table.pages) == (1, 450)
+    assert (mm.table.huge_pages, mm.table.pages) == (1, 470)
 
 
 def test_an_empty_mm_passes() -> None:

@@ -98,6 +98,25 @@ class TestWholeMessages:
         assert set(protocol._OPS.values()) == set(KINDS)
         assert len(protocol._NAMES) == len(protocol._OPS)
 
+    def test_changes_of_what_is_mapped_are_messages(self) -> None:
+        changes = {protocol.Mmap, protocol.Munmap, protocol.Mprotect, protocol.Madvise, protocol.Msync}
+        assert set(typing.get_args(protocol.Changing)) == changes
+        assert {*changes, protocol.Placed} <= set(EXAMPLES)
+
+    def test_a_mapping_as_an_older_daemon_tells_it_is_memory(self) -> None:
+        old = {"offset": 0, "length": 4096, "prot": 3, "paged": False, "resident": 0}
+        arrived, _ = decode(packet({"op": "maps", "vmas": [old]}))
+        assert isinstance(arrived, protocol.Maps)
+        (vma,) = arrived.vmas
+        assert (vma.shared, vma.file, vma.file_offset, vma.dirty) == (True, None, 0, 0)
+
+    @pytest.mark.parametrize(
+        "field", [{"file": "1"}, {"shared": 1}, {"dirty": None}, {"file_offset": 1.5}, {"inode": 1}]
+    )
+    def test_a_mapping_is_told_in_the_right_types(self, field: dict[str, object]) -> None:
+        vma = {"offset": 0, "length": 4096, "prot": 3, "paged": False, "resident": 0, **field}
+        refused({"op": "maps", "vmas": [vma]}, next(iter(field)))
+
     def test_defaults_may_be_left_out(self) -> None:
         assert decode(packet({"op": "get_stat"})) == (protocol.GetStat(None), 0)
 
@@ -125,7 +144,8 @@ class TestFitting:
         assert len(encode(protocol.Listing((region,) * (2 * count), more=True))) > MAX_PACKET
 
     def test_mappings_fit_too(self) -> None:
-        vma = protocol.Vma((1 << 64) - 1, (1 << 64) - 1, 3, paged=False, resident=(1 << 64) - 1)
+        most = (1 << 64) - 1
+        vma = protocol.Vma(most, most, 3, paged=False, resident=most, file=most, file_offset=most, dirty=most)
         count = protocol.fitting([vma] * 2000)
         assert len(encode(protocol.Maps((vma,) * count, more=True))) <= MAX_PACKET
         assert len(encode(protocol.Maps((vma,) * (2 * count), more=True))) > MAX_PACKET
