@@ -94,7 +94,7 @@ def _move_memory(region: LiveRegion, effect: Change) -> None:
                 write_back(region.backing.fd, region.files[file], _offsets(region, ar), offset)
             except OSError as error:
                 log.error("region %s: stores to a mapped file are lost: %s", region.model.name, error.strerror)  # noqa: TRY400
-        case Arm() | Protect():
+        case _:
             raise InternalError(f"{effect} moves no memory")
 
 

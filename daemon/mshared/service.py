@@ -135,7 +135,7 @@ class Service:
         return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
     def mapped(
-        self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int, sigbus: int | None
+        self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int, sigbus: int | None = None
     ) -> Answer:
         """Arm the window and count it. The userfaultfds are the daemon's from here on, if this succeeds."""
         region = pending.region

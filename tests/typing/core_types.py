@@ -9,7 +9,22 @@ from typing import assert_never, assert_type
 
 from msharefs import protocol
 from msharefs.addr import Address, AddrRange, FrameNo, Offset
-from msharefs.effects import Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, Wake, ZeroFill
+from msharefs.effects import (
+    Allow,
+    Answer,
+    Arm,
+    Change,
+    Deliver,
+    Effect,
+    Fill,
+    Protect,
+    Punch,
+    Signal,
+    Stash,
+    Unstash,
+    WriteBack,
+    ZeroFill,
+)
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.page_table import PageTable, Pte
@@ -42,7 +57,7 @@ def ranges_and_effects_cannot_be_changed(ar: AddrRange, effect: Punch) -> None:
 
 
 def calls_take_enums_and_keywords(mm: HostMm, ar: AddrRange) -> None:
-    assert_type(mm.mmap(ar, ar.size, Prot.READ, fixed=True), tuple[AddrRange, list[Effect]])
+    assert_type(mm.mmap(ar, ar.size, Prot.READ, fixed=True), tuple[AddrRange, list[Change]])
     mm.mmap(ar, ar.size, Prot.READ, True)  # type: ignore[call-arg]
     mm.mprotect(ar, 3)  # type: ignore[arg-type]
     Fault(ar.start, "read")  # type: ignore[arg-type]
@@ -51,15 +66,17 @@ def calls_take_enums_and_keywords(mm: HostMm, ar: AddrRange) -> None:
 
 def the_effects_are_these_and_no_more(effect: Effect) -> None:
     match effect:
-        case Arm() | Punch() | Stash() | Unstash() | ZeroFill() | Wake() | Deliver():
+        case (
+            Arm() | Protect() | Punch() | Stash() | Unstash() | WriteBack() | Allow() | Deliver() | Fill() | ZeroFill()
+        ):
             pass
         case _:
             assert_never(effect)
 
 
-def the_effects_are_not_fewer(effect: Effect) -> None:
+def the_answers_are_not_fewer(effect: Answer) -> None:
     match effect:
-        case Arm() | Punch() | Stash() | Unstash() | ZeroFill() | Wake():
+        case Allow() | Deliver() | Fill():
             pass
         case _:
             assert_never(effect)  # type: ignore[arg-type]

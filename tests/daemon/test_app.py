@@ -1,0 +1,464 @@
+"""What the daemon takes from the machine when it starts, piece by piece, and gives back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import resource
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyfuse3", reason="pyfuse3 is not installed: scripts/setup installs it")
+
+from mshared import app, mounts, uffd
+from mshared.app import Config, StartError
+from mshared.backing import MemfdStore
+from msharefs import uffd_abi as abi
+from msharefs.mountinfo import FSTYPE, Mount
+from msharefs.namespace import Limits, Policy
+from msharefs.region import BackingKind
+
+
+@pytest.fixture
+def config(directory: Path) -> Config:
+    return Config(directory / "mount", directory / "state", Policy())
+
+
+def as_user(monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+
+
+class TestPlaces:
+    """Where things are when nobody says where."""
+
+    def test_of_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        as_user(monkeypatch, 0)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+        assert app.default_mount() == Path("/run/mshare")
+        assert app.default_state_dir(Path("/run/mshare")) == Path("/run/mshared/run-mshare")
+
+    def test_of_a_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        as_user(monkeypatch, 1000)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+        assert app.default_mount() == Path("/run/user/1000/mshare")
+        assert app.default_state_dir(Path("/home/me/m")) == Path("/run/user/1000/mshared/home-me-m")
+
+    @pytest.mark.parametrize("value", [None, ""])
+    def test_of_a_user_without_a_session(self, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+        as_user(monkeypatch, 1000)
+        if value is None:
+            monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+        else:
+            monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        with pytest.raises(StartError, match="give --mount and --state-dir"):
+            app.default_mount()
+
+
+def test_what_the_mount_says_of_itself(config: Config) -> None:
+    service: Any = SimpleNamespace(default_backing=BackingKind.THP)
+    first, *lines = app.info_text(config, service).splitlines()
+    assert first == str(2 << 20)
+    fields = dict(line.split(" ", 1) for line in lines)
+    assert fields.keys() == {"version", "page_size", "backing", "window", "socket", "pid"}
+    assert fields["page_size"] == "4096"
+    assert fields["backing"] == "thp"
+    assert fields["window"] == f"{32 << 40:#x}-{64 << 40:#x}"
+    assert fields["socket"] == str(config.state_dir / "socket")
+    assert fields["pid"] == str(os.getpid())
+
+
+class TestDirectory:
+    """Directories that go with the daemon, if it made them."""
+
+    def test_made_and_taken_away(self, directory: Path) -> None:
+        with app._directory(directory / "new"):
+            assert stat.S_IMODE((directory / "new").stat().st_mode) == 0o755
+        assert not (directory / "new").exists()
+
+    def test_one_that_was_there_stays(self, directory: Path) -> None:
+        (directory / "old").mkdir()
+        with app._directory(directory / "old"):
+            pass
+        assert (directory / "old").is_dir()
+
+    def test_one_that_holds_something_stays(self, directory: Path) -> None:
+        with app._directory(directory / "new"):
+            (directory / "new" / "file").touch()
+        assert (directory / "new" / "file").exists()
+
+    def test_it_goes_though_the_daemon_fails(self, directory: Path) -> None:
+        with contextlib.suppress(ZeroDivisionError), app._directory(directory / "new"):
+            raise ZeroDivisionError
+        assert not (directory / "new").exists()
+
+    def test_one_left_by_a_daemon_that_was_killed_goes_with_the_next(self, directory: Path) -> None:
+        (directory / "state").mkdir()
+        (directory / "state" / "lock").touch()
+        with app._directory(directory / "state", ours=True):
+            (directory / "state" / "lock").unlink()
+        assert not (directory / "state").exists()
+
+    def test_one_where_a_dead_mount_stands_is_ours(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (directory / "dead").mkdir()
+
+        def dead(*_args: object, **_kwargs: object) -> None:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+        monkeypatch.setattr(Path, "mkdir", dead)
+        with app._directory(directory / "dead"):
+            pass
+        assert not (directory / "dead").exists()
+
+    def test_one_that_cannot_be_made_is_told(self, directory: Path) -> None:
+        (directory / "file").touch()
+        with (
+            pytest.raises(StartError, match=f"cannot make {directory}/file/below: Not a directory"),
+            app._directory(directory / "file" / "below"),
+        ):
+            pass
+
+
+class TestLock:
+    """One daemon a mount."""
+
+    def test_a_second_is_refused_and_a_third_comes_after(self, directory: Path) -> None:
+        path = directory / "lock"
+        with app._lock(path, Path("/run/mshare")):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            with (
+                pytest.raises(StartError, match=r"another mshared serves /run/mshare; `mshare down` stops it"),
+                app._lock(path, Path("/run/mshare")),
+            ):
+                pass
+            assert path.exists()
+        assert not path.exists()
+        with app._lock(path, Path("/run/mshare")):
+            pass
+
+    def test_a_file_that_a_killed_daemon_left_hinders_nobody(self, directory: Path) -> None:
+        path = directory / "lock"
+        path.touch()
+        with app._lock(path, Path("/m")):
+            pass
+        assert not path.exists()
+
+    def test_a_file_that_goes_while_it_is_being_locked_is_no_lock(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, open_descriptors: Callable[[], int]
+    ) -> None:
+        path = directory / "lock"
+        before = open_descriptors()
+        plain, calls = fcntl.flock, []
+
+        def flock(fd: int, operation: int) -> None:
+            calls.append(fd)
+            if len(calls) == 1:
+                path.unlink()
+            elif len(calls) == 2:
+                path.unlink()
+                path.touch()
+            plain(fd, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with app._lock(path, Path("/m")):
+            assert len(calls) == 3
+            assert open_descriptors() == before + 1
+            assert path.stat().st_ino == os.fstat(calls[-1]).st_ino
+        assert open_descriptors() == before
+
+    def test_no_descriptor_is_left_when_it_is_refused(
+        self, directory: Path, open_descriptors: Callable[[], int]
+    ) -> None:
+        with app._lock(directory / "lock", Path("/m")):
+            before = open_descriptors()
+            with contextlib.suppress(StartError), app._lock(directory / "lock", Path("/m")):
+                pass
+            assert open_descriptors() == before
+
+    def test_a_place_that_cannot_be_used_is_told_with_the_cure(self, directory: Path) -> None:
+        (directory / "file").touch()
+        with pytest.raises(StartError, match="--state-dir"), app._lock(directory / "file" / "lock", Path("/m")):
+            pass
+
+
+class TestListener:
+    """The socket's file."""
+
+    def test_it_comes_and_goes(self, directory: Path) -> None:
+        path = directory / "socket"
+        with app._listener(path), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(path))
+        assert not path.exists()
+
+    def test_one_that_was_left_is_replaced(self, directory: Path) -> None:
+        path = directory / "socket"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+            dead.bind(str(path))
+        with app._listener(path), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(path))
+
+    def test_a_path_that_no_socket_can_have_is_told_with_the_cure(
+        self, directory: Path, open_descriptors: Callable[[], int]
+    ) -> None:
+        before = open_descriptors()
+        with pytest.raises(StartError, match="--state-dir"), app._listener(directory / ("x" * 120) / "socket"):
+            pass
+        assert open_descriptors() == before
+
+
+class TestStore:
+    """Where regions get their memory."""
+
+    def test_a_user_has_memfds(self, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+        as_user(monkeypatch, 1000)
+        with app._store(config) as store:
+            assert isinstance(store, MemfdStore)
+
+    @pytest.mark.usefixtures("as_root")
+    def test_root_has_mounts_of_the_size_allowed(self, directory: Path) -> None:
+        (directory / "state").mkdir()
+        config = Config(directory / "mount", directory / "state", Policy(limits=Limits(max_bytes=8 << 20)))
+        with app._store(config) as store:
+            assert store.capacity()[0] == 8 << 20
+        assert list((directory / "state").iterdir()) == []
+
+    def test_where_mounting_is_not_allowed_it_says_so(self, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+        def refuse(*_args: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        as_user(monkeypatch, 0)
+        config.state_dir.mkdir()
+        monkeypatch.setattr(mounts, "mount_tmpfs", refuse)
+        with pytest.raises(StartError, match=r"cannot mount a tmpfs .* Operation not permitted"), app._store(config):
+            pass
+
+    def test_the_default_is_the_first_that_there_is(self, config: Config) -> None:
+        assert app._default_backing(config, MemfdStore()) is BackingKind.SMALL
+
+    def test_what_was_asked_for_is_had_or_refused(self, config: Config) -> None:
+        small = Config(config.mount, config.state_dir, config.policy, BackingKind.SMALL)
+        assert app._default_backing(small, MemfdStore()) is BackingKind.SMALL
+        huge = Config(config.mount, config.state_dir, config.policy, BackingKind.THP)
+        with pytest.raises(StartError, match="start mshared as root"):
+            app._default_backing(huge, MemfdStore())
+
+
+class TestUserfaultfd:
+    """What this kernel and this user give."""
+
+    class Kernel:
+        """A userfaultfd that knows certain features only."""
+
+        def __init__(self, known: abi.Feature) -> None:
+            self.known = known
+            self.closed = 0
+            self.devices: list[int | None] = []
+
+        def new(self, device: int | None) -> Any:
+            self.devices.append(device)
+            return SimpleNamespace(open_api=self.open_api, close=self.close)
+
+        def open_api(self, features: abi.Feature) -> None:
+            if features & ~self.known:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        def close(self) -> None:
+            self.closed += 1
+
+    @pytest.fixture
+    def device(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
+        """Stands in for /dev/userfaultfd."""
+        path = directory / "userfaultfd"
+        path.touch()
+        monkeypatch.setattr(uffd, "DEVICE", str(path))
+        return path
+
+    def found(self, monkeypatch: pytest.MonkeyPatch, known: abi.Feature) -> tuple[Any, abi.Feature, tuple[str, ...]]:
+        kernel = self.Kernel(known)
+        monkeypatch.setattr(uffd, "new", kernel.new)
+        device, features, notes = app._userfaultfd()
+        if device is not None:
+            os.close(device)
+        assert kernel.closed == len(kernel.devices)
+        assert set(kernel.devices) == {device}
+        return device, features, notes
+
+    @pytest.mark.parametrize("lacking", [abi.Feature(0), abi.Feature.POISON, uffd.OPTIONAL])
+    @pytest.mark.usefixtures("device")
+    def test_the_most_that_there_is(self, monkeypatch: pytest.MonkeyPatch, lacking: abi.Feature) -> None:
+        everything = uffd.WANTED | uffd.OPTIONAL
+        device, features, notes = self.found(monkeypatch, everything & ~lacking)
+        assert features == everything & ~lacking
+        assert device is not None
+        assert notes == ()
+
+    def test_without_the_device_no_fork_is_reported_and_a_note_says_what_else(
+        self, monkeypatch: pytest.MonkeyPatch, device: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        device.unlink()
+        found, features, (note,) = self.found(monkeypatch, uffd.WANTED | uffd.OPTIONAL)
+        assert found is None
+        assert not features & abi.Feature.EVENT_FORK
+        assert "system calls on missing paged memory give EFAULT" in note
+        assert note in caplog.text
+
+    @pytest.mark.usefixtures("device")
+    def test_an_old_kernel_is_told_from_one_that_forbids(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(StartError, match=r"Linux 6\.1 or later is needed"):
+            self.found(monkeypatch, uffd.WANTED & ~abi.Feature.WP_HUGETLBFS_SHMEM)
+
+        def forbidden(_device: int | None) -> Any:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(uffd, "new", forbidden)
+        with pytest.raises(StartError, match="no userfaultfd: Operation not permitted; `mshare doctor`"):
+            app._userfaultfd()
+
+    def test_this_machine_has_one(self) -> None:
+        device, features, _ = app._userfaultfd()
+        if device is not None:
+            os.close(device)
+        assert features & uffd.WANTED == uffd.WANTED
+
+
+def mount(point: Path, fstype: str) -> Mount:
+    return Mount(1, (0, 1), str(point), fstype, 0)
+
+
+class TestStale:
+    """What a daemon that was killed left."""
+
+    @pytest.fixture
+    def mounted(self, monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[str]]:
+        """What is mounted where, by type; the last is the topmost."""
+        table: dict[Path, list[str]] = {}
+
+        def mount_at(path: Path) -> Mount | None:
+            return mount(path, table[path][-1]) if table.get(path) else None
+
+        monkeypatch.setattr(mounts, "mount_at", mount_at)
+        monkeypatch.setattr(mounts, "unmount", lambda path: table[path].pop())
+        return table
+
+    def test_nothing_is_left_most_often(self, config: Config, mounted: dict[Path, list[str]]) -> None:
+        app._clear_stale(config)
+        assert mounted == {}
+
+    def test_memory_goes_however_often_it_was_mounted(
+        self, config: Config, mounted: dict[Path, list[str]], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for kind in ("thp", "4k"):
+            mounted[config.state_dir / kind] = ["tmpfs", "tmpfs"]
+        app._clear_stale(config)
+        assert not any(mounted.values())
+        assert caplog.text.count("left by a daemon that was killed") == 4
+
+    def test_a_dead_mount_is_replaced(
+        self, config: Config, mounted: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mounted[config.mount] = [FSTYPE]
+        monkeypatch.setattr(app, "_is_served", lambda _mount: False)
+        app._clear_stale(config)
+        assert mounted[config.mount] == []
+
+    def test_one_that_is_served_is_not(
+        self, config: Config, mounted: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mounted[config.mount] = [FSTYPE]
+        monkeypatch.setattr(app, "_is_served", lambda _mount: True)
+        with pytest.raises(StartError, match=f"another mshared serves {config.mount}"):
+            app._clear_stale(config)
+        assert mounted[config.mount] == [FSTYPE]
+
+    def test_another_filesystem_is_mounted_over(
+        self, config: Config, mounted: dict[Path, list[str]], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        mounted[config.mount] = ["ext4"]
+        app._clear_stale(config)
+        assert mounted[config.mount] == ["ext4"]
+        assert "mounting over the ext4" in caplog.text
+
+    def test_a_directory_is_served(self, directory: Path) -> None:
+        assert app._is_served(directory)
+
+    @pytest.mark.parametrize(
+        ("number", "served"),
+        [(errno.ENOTCONN, False), (errno.ECONNABORTED, False), (errno.EACCES, True), (errno.EIO, True)],
+    )
+    def test_only_a_dead_one_is_not_served(
+        self, monkeypatch: pytest.MonkeyPatch, directory: Path, number: int, served: bool
+    ) -> None:
+        def fail(_path: Path) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "stat", fail)
+        assert app._is_served(directory) is served
+
+    def test_one_that_hangs_counts_as_served(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        end = threading.Event()
+        monkeypatch.setattr(Path, "stat", lambda _path: end.wait(10))
+        monkeypatch.setattr(app, "_MOUNT_PATIENCE", 0.01)
+        assert app._is_served(directory)
+        end.set()
+
+
+class TestStopping:
+    """The end."""
+
+    def test_who_is_still_attached_is_counted_once_the_dead_are_gone(self, caplog: pytest.LogCaptureFixture) -> None:
+        counts = [5, 6]
+        service: Any = SimpleNamespace(
+            lifetimes=SimpleNamespace(
+                sweep=lambda: counts.__setitem__(slice(None), [2, 1]),
+                regions=lambda: [SimpleNamespace(model=SimpleNamespace(process_count=count)) for count in counts],
+            )
+        )
+        app._report_attached(service)
+        assert "stopping with 3 attachments" in caplog.text
+
+    def test_nobody_is_nothing_to_tell(self, caplog: pytest.LogCaptureFixture) -> None:
+        service: Any = SimpleNamespace(lifetimes=SimpleNamespace(sweep=lambda: None, regions=list))
+        app._report_attached(service)
+        assert caplog.text == ""
+
+    def test_every_reference_and_every_region_is_let_go_of(self) -> None:
+        """A region without a name goes with its last reference; the others are to be forgotten."""
+        named: Any = SimpleNamespace(name="x", attachments=["a", "b"])
+        nameless: Any = SimpleNamespace(name=None, attachments=["c"])
+        regions, dropped, forgotten = [named, nameless], [], []
+
+        def drop(attachment: str) -> None:
+            dropped.append(attachment)
+            (region,) = (region for region in regions if attachment in region.attachments)
+            region.attachments.remove(attachment)
+            if region is nameless:
+                regions.remove(region)
+
+        def forget(region: Any) -> None:
+            assert region.attachments == []
+            forgotten.append(region)
+
+        lifetimes: Any = SimpleNamespace(regions=lambda: list(regions), drop=drop, forget=forget)
+        app._release(lifetimes)
+        assert dropped == ["a", "b", "c"]
+        assert forgotten == [named]
+
+
+def test_as_many_descriptors_as_there_may_be(apart: Callable[[Callable[[], object]], None]) -> None:
+    def work() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, hard), hard))
+        app._raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+    apart(work)

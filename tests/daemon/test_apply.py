@@ -1,0 +1,424 @@
+"""Effects: which ioctls they become on which attachment, in which order; and who cannot follow harms only itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mshared import apply, processes
+from mshared.backing import MemfdStore, extents
+from mshared.live import LiveAttachment, LiveRegion
+from mshared.uffd import Outcome
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, WINDOW_START, Address, AddrRange
+from msharefs.effects import Allow, Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, ZeroFill
+from msharefs.errors import InternalError
+from msharefs.namespace import Namespace, Policy
+from msharefs.perms import Credentials, Ownership, Prot
+from msharefs.region import BackingKind
+from msharefs.vma import Arming
+
+ELSEWHERE = Address(0x5600_0000_0000)
+PID, TID = 4321, 4322
+
+
+class FakeUffd:
+    """Notes ioctls, and fails as it is told to: by the name of the call, one errno after the other."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.errors: dict[str, list[int]] = {}
+
+    def arm(self, ar: AddrRange, arming: Arming) -> None:
+        self._note("arm", ar, arming)
+
+    def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
+        self._note("protect" if protect else "unprotect", ar)
+
+    def zero(self, ar: AddrRange, *, protected: bool) -> None:
+        self._note("zero", ar, protected)
+
+    def wake(self, ar: AddrRange) -> None:
+        self._note("wake", ar)
+
+    def poison(self, ar: AddrRange) -> None:
+        self._note("poison", ar)
+
+    def unpoison(self, ar: AddrRange) -> None:
+        self._note("unpoison", ar)
+
+    def _note(self, name: str, *args: object) -> None:
+        if self.errors.get(name):
+            number = self.errors[name].pop(0)
+            raise OSError(number, os.strerror(number))
+        self.calls.append((name, *args))
+
+
+class World:
+    """A region of this process's own memory, and attachments whose userfaultfds only note."""
+
+    def __init__(self) -> None:
+        self.namespace = Namespace(Ownership(0, 0, 0o777), Policy())
+        model = self.namespace.create("it", None, PMD_SIZE, 0o600, BackingKind.SMALL, Credentials(0, 0))
+        backing = MemfdStore().create(model.id, BackingKind.SMALL, PMD_SIZE)
+        self.region = LiveRegion(model, backing, None)
+
+    def attach(self, at: Address = WINDOW_START, *, pid: int | None = PID, readonly: bool = False) -> LiveAttachment:
+        model = self.namespace.attach(self.region.model, at, pid, readonly=readonly)
+        uffd: Any = FakeUffd()
+        live = LiveAttachment(model, self.region, uffd, Address(0))
+        self.region.attachments.append(live)
+        return live
+
+    def carry_out(self, *effects: Effect, read_events: Callable[[], None] = lambda: None) -> None:
+        apply.carry_out(self.region, effects, read_events)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.region.close()
+
+
+def pages(first: int, count: int = 1, *, at: int = WINDOW_START) -> AddrRange:
+    return AddrRange.sized(at + first * PAGE_SIZE, count * PAGE_SIZE)
+
+
+def calls(attachment: LiveAttachment) -> list[tuple[Any, ...]]:
+    uffd: Any = attachment.uffd
+    return list(uffd.calls)
+
+
+def fail(attachment: LiveAttachment, call: str, *numbers: int) -> None:
+    uffd: Any = attachment.uffd
+    uffd.errors[call] = list(numbers)
+
+
+class TestArmNew:
+    """A window that nobody has touched yet."""
+
+    def test_it_is_armed_as_the_region_is(self, world: World) -> None:
+        mm = world.region.model.mm
+        mm.munmap(pages(4, 2))
+        mm.mprotect(pages(8, 3), Prot.READ)
+        mm.mprotect(pages(20), Prot.NONE)
+        attachment = world.attach(ELSEWHERE)
+        apply.arm_new(attachment)
+        armed = {ar: arming for name, ar, arming in calls(attachment) if arming}
+        assert armed == {
+            pages(4, 2, at=ELSEWHERE): Arming.MISSING,
+            pages(8, 3, at=ELSEWHERE): Arming.WP,
+            pages(20, at=ELSEWHERE): Arming.MISSING,
+        }
+
+    def test_a_readonly_window_reports_no_stores(self, world: World) -> None:
+        """It has none; and the kernel cannot protect what is mapped like that."""
+        world.region.model.mm.mprotect(pages(8), Prot.READ)
+        attachment = world.attach(readonly=True)
+        apply.arm_new(attachment)
+        assert {arming for _, _, arming in calls(attachment)} == {Arming.NATIVE}
+
+    def test_what_a_change_under_way_has_armed_is_armed_too(self, world: World) -> None:
+        world.region.arming_now.append(Arm(pages(7), Arming.MISSING | Arming.WP))
+        attachment = world.attach()
+        apply.arm_new(attachment)
+        assert calls(attachment)[-1] == ("arm", pages(7), Arming.MISSING | Arming.WP)
+
+    def test_a_window_that_is_not_there_is_an_error(self, world: World) -> None:
+        world.region.model.mm.munmap(pages(3))
+        attachment = world.attach()
+        fail(attachment, "arm", errno.EINVAL)
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            apply.arm_new(attachment)
+
+
+class TestArm:
+    """Arming in every attachment."""
+
+    def test_each_where_its_window_stands(self, world: World) -> None:
+        here, there = world.attach(), world.attach(ELSEWHERE)
+        world.carry_out(Arm(pages(3, 2), Arming.WP))
+        assert calls(here) == [("arm", pages(3, 2), Arming.WP)]
+        assert calls(there) == [("arm", pages(3, 2, at=ELSEWHERE), Arming.WP)]
+
+    def test_in_the_order_given(self, world: World) -> None:
+        attachment = world.attach()
+        world.carry_out(Arm(pages(3), Arming.WP), Arm(pages(1), Arming.MISSING), Arm(pages(3), Arming.NATIVE))
+        assert [arming for _, _, arming in calls(attachment)] == [Arming.WP, Arming.MISSING, Arming.NATIVE]
+
+    @pytest.mark.parametrize("number", [errno.ESRCH, errno.ENOENT, errno.EINVAL, errno.ENOMEM])
+    def test_who_cannot_follow_harms_nobody_else(self, world: World, number: int) -> None:
+        attachments = [world.attach() for _ in range(3)]
+        fail(attachments[1], "arm", number)
+        world.carry_out(Arm(pages(0), Arming.WP))
+        assert [len(calls(attachment)) for attachment in attachments] == [1, 0, 1]
+
+    def test_what_has_no_meaning_is_no_secret(self, world: World) -> None:
+        fail(world.attach(), "arm", errno.EPERM)
+        with pytest.raises(PermissionError):
+            world.carry_out(Arm(pages(0), Arming.WP))
+
+    def test_a_fork_under_way_is_seen_to_first_and_then_the_others_are_armed(self, world: World) -> None:
+        forking, other = world.attach(), world.attach()
+        fail(forking, "arm", errno.EAGAIN, errno.EAGAIN)
+        children: list[LiveAttachment] = []
+
+        def read_events() -> None:
+            if not children:
+                children.append(world.attach(pid=None))
+                apply.arm_new(children[0])
+
+        world.carry_out(Arm(pages(2), Arming.WP), read_events=read_events)
+        assert calls(forking) == calls(other) == [("arm", pages(2), Arming.WP)]
+        assert calls(children[0])[-1] == ("arm", pages(2), Arming.WP)
+
+    def test_a_kernel_that_asks_for_ever_is_our_mistake(self, world: World) -> None:
+        fail(world.attach(), "arm", *[errno.EAGAIN] * 20_000)
+        with pytest.raises(InternalError, match="region it pid 4321 cannot be armed"):
+            world.carry_out(Arm(pages(2), Arming.WP))
+
+    def test_an_attachment_that_ends_meanwhile_is_none_any_more(self, world: World) -> None:
+        dying, other = world.attach(), world.attach()
+        fail(dying, "arm", errno.EAGAIN, errno.ESRCH)
+        world.carry_out(Arm(pages(2), Arming.WP), read_events=lambda: world.region.attachments.remove(dying))
+        assert calls(other) == [("arm", pages(2), Arming.WP)]
+
+
+class TestMemory:
+    """What a change does to the files."""
+
+    def write(self, world: World, *numbers: int) -> None:
+        for number in numbers:
+            os.pwrite(world.region.backing.fd, bytes([number]) * PAGE_SIZE, number * PAGE_SIZE)
+
+    def held(self, fd: int) -> list[int]:
+        return [page.start // PAGE_SIZE for ar in extents(fd) for page in ar.pieces(PAGE_SIZE)]
+
+    def test_punching(self, world: World) -> None:
+        self.write(world, 1, 2, 3)
+        world.carry_out(Punch(pages(2)))
+        assert self.held(world.region.backing.fd) == [1, 3]
+
+    def test_stashing_and_back(self, world: World) -> None:
+        self.write(world, 1, 2, 3)
+        world.carry_out(Stash(pages(2, 5)))
+        assert self.held(world.region.backing.fd) == [1]
+        assert self.held(world.region.stash()) == [2, 3]
+        world.carry_out(Unstash(pages(3)))
+        assert self.held(world.region.backing.fd) == [1, 3]
+        assert self.held(world.region.stash()) == [2]
+        assert os.pread(world.region.backing.fd, 2, 3 * PAGE_SIZE) == b"\3\3"
+
+    def test_what_is_punched_does_not_come_back_from_the_stash(self, world: World) -> None:
+        self.write(world, 1, 2, 3)
+        world.carry_out(Stash(pages(1, 3)), Punch(pages(2)), Unstash(pages(1, 3)))
+        assert self.held(world.region.backing.fd) == [1, 3]
+
+    def test_memory_moves_only_when_events_are_seen_to(self, world: World) -> None:
+        """Children that were being forked have copied the old rules: they must be armed before anything moves."""
+        self.write(world, 1)
+        attachment = world.attach()
+        seen: list[tuple[int, list[int]]] = []
+
+        def read_events() -> None:
+            seen.append((len(calls(attachment)), self.held(world.region.backing.fd)))
+
+        effects = Arm(pages(1), Arming.MISSING), Stash(pages(1)), Arm(pages(1), Arming.NATIVE)
+        world.carry_out(*effects, read_events=read_events)
+        assert seen == [(1, [1])]
+
+    def test_faults_wait_while_a_change_is_carried_out(self, world: World) -> None:
+        seen: list[tuple[bool, int]] = []
+        world.carry_out(
+            Arm(pages(1), Arming.MISSING),
+            Punch(pages(1)),
+            read_events=lambda: seen.append((world.region.changing, len(world.region.arming_now))),
+        )
+        assert seen == [(True, 1)]
+        assert not world.region.changing
+        assert world.region.arming_now == []
+
+    def test_and_no_longer_when_it_fails(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_args: object, **_kwargs: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(apply.backing, "move", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            world.carry_out(Arm(pages(1), Arming.MISSING), Stash(pages(1)))
+        assert not world.region.changing
+        assert world.region.arming_now == []
+
+    @pytest.mark.parametrize("effect", [Allow(pages(0)), ZeroFill(pages(0)), Deliver(Signal.SIGBUS, WINDOW_START)])
+    def test_answers_to_faults_change_no_region(self, world: World, effect: Effect) -> None:
+        with pytest.raises(InternalError, match="moves no memory"):
+            world.carry_out(effect)
+
+
+class TestZeroFill:
+    """A page of zeros for a thread that waits."""
+
+    def test_the_page_around_the_address(self, world: World) -> None:
+        attachment = world.attach(ELSEWHERE)
+        addr = Address(ELSEWHERE + 5 * PAGE_SIZE + 77)
+        assert apply.answer_fault(attachment, addr, TID, ZeroFill(pages(5))) is Outcome.SERVED
+        assert calls(attachment) == [("zero", pages(5, at=ELSEWHERE), False)]
+
+    def test_protected_if_need_be(self, world: World) -> None:
+        attachment = world.attach()
+        apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0), protected=True))
+        assert calls(attachment) == [("zero", pages(0), True)]
+
+    def test_somebody_else_was_first(self, world: World) -> None:
+        """EEXIST wakes nobody: the thread is woken, and finds the page."""
+        attachment = world.attach()
+        fail(attachment, "zero", errno.EEXIST)
+        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is Outcome.EXISTS
+        assert calls(attachment) == [("wake", pages(0))]
+
+    @pytest.mark.parametrize(
+        ("number", "outcome"),
+        [(errno.EAGAIN, Outcome.RETRY), (errno.ESRCH, Outcome.GONE), (errno.ENOENT, Outcome.UNMAPPED)],
+    )
+    def test_what_else_it_may_come_to(self, world: World, number: int, outcome: Outcome) -> None:
+        attachment = world.attach()
+        fail(attachment, "zero", number)
+        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is outcome
+        assert calls(attachment) == []
+
+    def test_for_a_readonly_window_the_page_is_made_in_the_file(self, world: World) -> None:
+        """A private mapping would keep a page of its own, which the region never sees."""
+        attachment = world.attach(ELSEWHERE, readonly=True)
+        addr = Address(ELSEWHERE + 9 * PAGE_SIZE)
+        assert apply.answer_fault(attachment, addr, TID, ZeroFill(pages(9))) is Outcome.SERVED
+        assert list(extents(world.region.backing.fd)) == [AddrRange.sized(9 * PAGE_SIZE, PAGE_SIZE)]
+        assert calls(attachment) == [("wake", pages(9, at=ELSEWHERE))]
+
+
+def test_a_store_is_allowed_to_one_page(world: World) -> None:
+    attachment = world.attach()
+    assert apply.answer_fault(attachment, Address(WINDOW_START + 3), TID, Allow(pages(0))) is Outcome.SERVED
+    assert calls(attachment) == [("unprotect", pages(0))]
+
+
+class Threads:
+    """What /proc says of the thread that waits, and what is sent to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.in_system_call = self.blocks = self.pending = self.gone = False
+        self.sent: list[tuple[int, ...]] = []
+        self.killed: list[tuple[int, int]] = []
+        self.process: int | None = PID
+        monkeypatch.setattr(processes, "process_of_thread", lambda _tid: self.process)
+        monkeypatch.setattr(processes, "thread_seen_from_here", lambda _pid, tid: tid + 1000)
+        monkeypatch.setattr(processes, "in_system_call", lambda *_args: self.in_system_call)
+        monkeypatch.setattr(processes, "is_pending", lambda *_args: self.pending)
+        monkeypatch.setattr(processes, "would_miss", lambda *_args: self.blocks)
+        monkeypatch.setattr(processes, "send_fault_signal", self.send)
+        monkeypatch.setattr(apply.os, "kill", self.kill)
+
+    def send(self, pid: int, tid: int, number: int, addr: int) -> None:
+        if self.gone:
+            raise ProcessLookupError(errno.ESRCH, "gone")
+        self.sent.append((pid, tid, number, addr))
+
+    def kill(self, pid: int, number: int) -> None:
+        if self.gone:
+            raise ProcessLookupError(errno.ESRCH, "gone")
+        self.killed.append((pid, number))
+
+
+class TestDeliver:
+    """A signal for the thread that touched what it may not."""
+
+    ADDR = Address(ELSEWHERE + 5 * PAGE_SIZE + 9)
+    PAGE = pages(5, at=ELSEWHERE)
+
+    @pytest.fixture
+    def threads(self, monkeypatch: pytest.MonkeyPatch) -> Threads:
+        return Threads(monkeypatch)
+
+    def deliver(self, attachment: LiveAttachment, number: Signal = Signal.SIGBUS) -> Outcome:
+        return apply.answer_fault(attachment, self.ADDR, TID, Deliver(number, pages(5).start))
+
+    @pytest.mark.parametrize("number", [Signal.SIGBUS, Signal.SIGSEGV])
+    def test_it_carries_the_address_that_the_thread_knows(self, world: World, threads: Threads, number: Signal) -> None:
+        attachment = world.attach(ELSEWHERE)
+        assert self.deliver(attachment, number) is Outcome.SERVED
+        assert threads.sent == [(PID, TID + 1000, number, self.ADDR)]
+        assert calls(attachment) == []
+
+    def test_a_child_not_told_apart_yet_is_found_by_its_thread(self, world: World, threads: Threads) -> None:
+        threads.process = 99
+        assert self.deliver(world.attach(ELSEWHERE, pid=None)) is Outcome.SERVED
+        assert threads.sent == [(99, TID + 1000, Signal.SIGBUS, self.ADDR)]
+
+    def test_one_that_is_gone_gets_nothing(self, world: World, threads: Threads) -> None:
+        threads.process = None
+        assert self.deliver(world.attach(ELSEWHERE, pid=None)) is Outcome.GONE
+        threads.gone = True
+        assert self.deliver(world.attach(ELSEWHERE)) is Outcome.GONE
+        assert threads.sent == []
+
+    def test_who_blocks_it_is_poisoned(self, world: World, threads: Threads) -> None:
+        threads.blocks = True
+        attachment = world.attach(ELSEWHERE)
+        assert self.deliver(attachment) is Outcome.SERVED
+        assert calls(attachment) == [("poison", self.PAGE)]
+        assert attachment.poisoned == {self.PAGE.start}
+        assert threads.sent == []
+
+    def test_a_system_call_fails(self, world: World, threads: Threads) -> None:
+        threads.in_system_call = True
+        attachment = world.attach(ELSEWHERE)
+        assert self.deliver(attachment) is Outcome.SERVED
+        assert calls(attachment) == [("poison", self.PAGE)]
+        assert attachment.poisoned == {self.PAGE.start}
+        assert threads.sent == []
+
+    def test_one_that_stores_to_a_page_that_is_there_gets_the_signal_and_then_ends(
+        self, world: World, threads: Threads
+    ) -> None:
+        """What is there cannot be poisoned, and no signal ends a fault inside a system call but SIGKILL."""
+        threads.in_system_call = True
+        attachment = world.attach(ELSEWHERE)
+        fail(attachment, "poison", errno.EEXIST, errno.EEXIST)
+        assert self.deliver(attachment, Signal.SIGSEGV) is Outcome.SERVED
+        assert threads.sent == [(PID, TID + 1000, Signal.SIGSEGV, self.ADDR)]
+        threads.pending = True
+        assert self.deliver(attachment, Signal.SIGSEGV) is Outcome.SERVED
+        assert threads.killed == [(PID, signal.SIGKILL)]
+        assert attachment.poisoned == set()
+
+    def test_one_that_is_gone_before_it_can_be_killed(self, world: World, threads: Threads) -> None:
+        threads.pending = threads.gone = True
+        attachment = world.attach(ELSEWHERE)
+        fail(attachment, "poison", errno.EEXIST)
+        assert self.deliver(attachment) is Outcome.GONE
+
+
+class TestUnpoison:
+    """Marks that made system calls fail go when the page may be touched."""
+
+    def test_when_the_page_may_be_touched_from_now_on(self, world: World) -> None:
+        mm = world.region.model.mm
+        attachment = world.attach(ELSEWHERE)
+        mm.munmap(pages(3))
+        mm.munmap(pages(8))
+        attachment.poisoned |= {pages(3, at=ELSEWHERE).start, pages(8, at=ELSEWHERE).start}
+        _, effects = mm.mmap(pages(3), PAGE_SIZE, fixed=True)
+        world.carry_out(*effects)
+        assert calls(attachment)[0] == ("unpoison", pages(3, at=ELSEWHERE))
+        assert attachment.poisoned == {pages(8, at=ELSEWHERE).start}
+
+    def test_not_when_it_becomes_another_kind_of_forbidden(self, world: World) -> None:
+        mm = world.region.model.mm
+        attachment = world.attach()
+        attachment.poisoned.add(pages(3).start)
+        world.carry_out(*mm.munmap(pages(3)))
+        assert "unpoison" not in [name for name, *_ in calls(attachment)]
+        assert attachment.poisoned == {pages(3).start}

@@ -1,0 +1,526 @@
+"""The control socket: packets, descriptors and credentials, with a service that is none."""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from mshared import control
+from mshared.control import HELLO_PATIENCE, ControlServer
+from mshared.service import Answer, Caller, Pending
+from msharefs import protocol
+from msharefs.errors import NoSpaceError
+
+DEVICE = (0, 1)
+HELLO = protocol.Hello("a test")
+
+
+class FakeService:
+    """Answers as it is told to; notes what it was asked, and what was given up."""
+
+    def __init__(self) -> None:
+        self.lifetimes = SimpleNamespace(fork_events=True)
+        self.asked: list[object] = []
+        self.callers: list[Caller] = []
+        self.given_up: list[Pending] = []
+        self.error: Exception | None = None
+        self.answer = Answer(protocol.Done())
+        self.pending: Any = SimpleNamespace(region="it")
+
+    def _note(self, caller: Caller, request: object) -> None:
+        self.callers.append(caller)
+        self.asked.append(request)
+        if self.error is not None:
+            raise self.error
+
+    def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
+        self._note(caller, request)
+        return Answer(protocol.Offer(0, 16, 0, 0, readonly=False, device=False), self.answer.fds), self.pending
+
+    def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
+        self._note(caller, request)
+        return self.answer
+
+    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, fd: int, sigbus: int | None) -> Answer:
+        self._note(caller, (request, pending, fd, sigbus))
+        return self.answer
+
+    async def stat(self, region: object) -> protocol.RegionStat:
+        raise AssertionError(f"nobody may ask about {region}")
+
+    def give_up(self, pending: Pending) -> None:
+        self.given_up.append(pending)
+
+
+CREATE = protocol.Create("it", None, 0, 0, exclusive=False, empty=False)
+
+
+class Peer:
+    """The other end, in the same loop."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._path = path
+
+    async def __aenter__(self) -> Peer:
+        await self.sock.connect(str(self._path))
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.sock.close()
+
+    async def say(
+        self, message: protocol.Message, fds: list[int] | None = None, announced: int | None = None
+    ) -> protocol.Message:
+        return await self.send(protocol.encode(message, len(fds or []) if announced is None else announced), fds)
+
+    async def send(self, packet: bytes, fds: list[int] | None = None) -> protocol.Message:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        await self.sock.sendmsg([packet], ancillary)
+        answer, got = await self.receive()
+        for fd in got:
+            os.close(fd)
+        return answer
+
+    async def receive(self) -> tuple[protocol.Message, list[int]]:
+        packet, ancillary, _, _ = await self.sock.recvmsg(protocol.MAX_PACKET, 100)
+        return protocol.decode(packet)[0], control._descriptors(ancillary)
+
+    async def is_hung_up(self) -> bool:
+        with trio.fail_after(10):
+            return not await self.sock.recv(10)
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def run(
+    directory: Path, service: FakeService, open_descriptors: Callable[[], int]
+) -> Callable[[Callable[[Path], Awaitable[None]]], None]:
+    """Serve while a function of clients runs; afterwards all is closed."""
+
+    def go(work: Callable[[Path], Awaitable[None]], clock: trio.abc.Clock | None = None) -> None:
+        async def main() -> None:
+            path = directory / "socket"
+            fake: Any = service
+            server = ControlServer(fake, Path("/run/mshare"), DEVICE)
+            with trio.socket.from_stdlib_socket(control.listen(path)) as listener:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(server.serve, listener)
+                    await work(path)
+                    nursery.cancel_scope.cancel()
+
+        before = open_descriptors()
+        trio.run(main, clock=clock)
+        assert open_descriptors() == before
+
+    return go
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        os.close(fd)
+
+
+def failure(message: protocol.Message) -> int:
+    assert isinstance(message, protocol.Failed), message
+    assert message.message
+    return message.errno
+
+
+def test_anybody_may_connect_and_nobody_inherits_it(directory: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        sock = control.listen(directory / "socket")
+    finally:
+        os.umask(before)
+    with sock:
+        assert stat.S_IMODE((directory / "socket").stat().st_mode) == 0o666
+        assert sock.type == socket.SOCK_SEQPACKET
+        assert not sock.get_inheritable()
+
+
+def test_a_place_where_nothing_can_listen(directory: Path, open_descriptors: Callable[[], int]) -> None:
+    before = open_descriptors()
+    with pytest.raises(FileNotFoundError):
+        control.listen(directory / "missing" / "socket")
+    assert open_descriptors() == before
+
+
+class TestDescriptors:
+    """What arrives in control messages."""
+
+    @staticmethod
+    def rights(*numbers: int, extra: bytes = b"") -> tuple[int, int, bytes]:
+        return (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers).tobytes() + extra)
+
+    def test_none(self) -> None:
+        assert control._descriptors([]) == []
+        assert control._descriptors([self.rights()]) == []
+
+    def test_all_of_one_message_and_of_several(self) -> None:
+        assert control._descriptors([self.rights(3, 4), self.rights(5)]) == [3, 4, 5]
+
+    @pytest.mark.parametrize("extra", [b"\1", b"\1\2", b"\1\2\3"])
+    def test_a_part_of_one_is_none(self, extra: bytes) -> None:
+        assert control._descriptors([self.rights(3, 4, extra=extra)]) == [3, 4]
+        assert control._descriptors([self.rights(extra=extra)]) == []
+
+    def test_other_control_messages_bring_none(self) -> None:
+        credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, bytes(12))
+        assert control._descriptors([credentials, (socket.IPPROTO_IP, socket.SCM_RIGHTS, bytes(4))]) == []
+
+
+class TestConversation:
+    """Hello, then requests."""
+
+    def test_hello_comes_first(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                assert failure(await peer.say(protocol.Detach(1))) == errno.EPROTO
+                welcome = await peer.say(HELLO)
+                assert welcome == protocol.Welcome("mshared", "/run/mshare", fork_events=True)
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+                assert failure(await peer.say(HELLO)) == errno.EPROTO
+
+        run(work)
+        assert service.asked == [protocol.Detach(1)]
+
+    def test_the_caller_is_who_the_kernel_says(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                await peer.say(protocol.Detach(1))
+
+        run(work)
+        (caller,) = service.callers
+        assert (caller.pid, caller.who.uid, caller.who.gid) == (os.getpid(), os.geteuid(), os.getegid())
+        assert caller.who.groups == frozenset(os.getgroups())
+
+    def test_our_own_errors_are_told_in_their_words(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                service.error = NoSpaceError("no room; buy some")
+                assert await peer.say(protocol.Detach(1)) == protocol.Failed(errno.ENOSPC, "no room; buy some")
+
+        run(work)
+
+    def test_what_nobody_expected_is_told_without_details_and_logged_with_them(
+        self, run: Any, service: FakeService, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                service.error = ZeroDivisionError("the details")
+                answer = await peer.say(protocol.Detach(1))
+                assert failure(answer) == errno.EIO
+                assert "details" not in str(answer).replace("its log has the details", "")
+                service.error = None
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        run(work)
+        assert f"pid {os.getpid()}: request failed" in caplog.text
+        assert "ZeroDivisionError: the details" in caplog.text
+
+    def test_one_that_is_no_packet_is_told_and_the_next_is_heard(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                assert failure(await peer.send(b"nonsense")) == errno.EPROTO
+                await peer.say(HELLO)
+                assert failure(await peer.send(b"MSHR\1\0\0\0{}")) == errno.EPROTO
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        run(work)
+
+    def test_one_that_is_too_long_ends_it(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert failure(await peer.send(bytes(protocol.MAX_PACKET + 2))) == errno.EPROTO
+                assert await peer.is_hung_up()
+
+        run(work)
+
+    def test_saying_nothing_ends_it_in_the_end(self, run: Any, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                with trio.fail_after(2 * HELLO_PATIENCE):
+                    assert not await peer.sock.recv(10)
+
+        run(work, clock=MockClock(autojump_threshold=0.05))
+        assert f"pid {os.getpid()}: said nothing for 10 s" in caplog.text
+
+    def test_who_has_said_hello_may_be_silent_for_ever(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                await trio.sleep(100 * HELLO_PATIENCE)
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        run(work, clock=MockClock(autojump_threshold=0.05))
+
+    def test_each_is_served_while_another_says_nothing(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path), Peer(path) as silent, Peer(path) as peer:
+                await silent.say(HELLO)
+                await peer.say(HELLO)
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        run(work)
+
+
+class TestDescriptorsOfRequests:
+    """Each is taken by the service, or closed."""
+
+    @staticmethod
+    def wait_until_closed(reader: int) -> Awaitable[bool]:
+        """Whether all other ends of the pipe are closed, soon."""
+        return trio.to_thread.run_sync(lambda: bool(select.select([reader], [], [], 10)[0]))
+
+    def test_too_many_or_too_few_are_refused_and_closed(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                for message, count, announced in (
+                    (protocol.Detach(1), 1, 1),
+                    (protocol.Detach(1), 0, 1),
+                    (protocol.Detach(1), 1, 0),
+                    (CREATE, 2, 2),
+                    (protocol.Mapped(1, 0, 0), 0, 0),
+                    (protocol.Mapped(1, 0, 0), 16, 16),
+                    (protocol.GetStat(5), 1, 1),
+                    (protocol.GetStat(), 0, 0),
+                    (protocol.Attach(None, 0), 0, 0),
+                    (protocol.Attach(None, 0), 2, 2),
+                ):
+                    reader, writer = os.pipe()
+                    answer = await peer.say(message, [writer] * count, announced)
+                    assert failure(answer) == errno.EBADF, message
+                    os.close(writer)
+                    assert await self.wait_until_closed(reader)
+                    os.close(reader)
+
+        run(work)
+        assert service.asked == []
+
+    def test_those_that_come_with_nonsense_are_closed(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                for packet in (b"nonsense", bytes(protocol.MAX_PACKET + 2)):
+                    reader, writer = os.pipe()
+                    assert failure(await peer.send(packet, [writer] * 3)) == errno.EPROTO
+                    os.close(writer)
+                    assert await self.wait_until_closed(reader)
+                    os.close(reader)
+
+        run(work)
+
+    def test_one_that_the_service_takes_is_its_own(self, run: Any, service: FakeService, pipe: tuple[int, int]) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                offer = await peer.say(CREATE)
+                assert isinstance(offer, protocol.Offer)
+                service.answer = Answer(protocol.Attached(5))
+                mapped = protocol.Mapped(offer.offer, 0, 0)
+                assert await peer.say(mapped, [pipe[1]]) == protocol.Attached(5)
+                request, pending, fd, second = service.asked[-1]  # type: ignore[misc]
+                assert second is None
+                assert (request, pending) == (mapped, service.pending)
+                assert os.fstat(fd).st_ino == os.fstat(pipe[1]).st_ino
+                assert failure(await peer.say(mapped, [pipe[1]])) == errno.ENOENT
+                os.close(fd)
+
+        run(work)
+        assert service.given_up == []
+
+    def test_one_that_it_does_not_take_is_closed(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                offer = await peer.say(CREATE)
+                assert isinstance(offer, protocol.Offer)
+                reader, writer = os.pipe()
+                for error in (NoSpaceError("full"), ZeroDivisionError("a mistake")):
+                    service.error = error
+                    assert failure(await peer.say(protocol.Mapped(offer.offer, 0, 0), [writer]))
+                os.close(writer)
+                assert await self.wait_until_closed(reader)
+                os.close(reader)
+
+        run(work)
+
+    def test_those_of_an_answer_stay_the_daemons(self, run: Any, service: FakeService, pipe: tuple[int, int]) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                service.answer = Answer(protocol.Done(), pipe)
+                await peer.sock.send(protocol.encode(CREATE))
+                offer, fds = await peer.receive()
+                assert isinstance(offer, protocol.Offer)
+                assert [os.fstat(fd).st_ino for fd in fds] == [os.fstat(fd).st_ino for fd in pipe]
+                for fd in fds:
+                    os.close(fd)
+
+        run(work)
+        assert all(os.fstat(fd) for fd in pipe)
+
+
+class TestOffers:
+    """An offer is of one connection, and for once."""
+
+    def test_each_has_a_number_of_its_own(self, run: Any) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                offers = [await peer.say(CREATE) for _ in range(3)]
+                assert len({offer.offer for offer in offers if isinstance(offer, protocol.Offer)}) == 3
+
+        run(work)
+
+    def test_what_was_never_taken_is_given_up_at_the_end(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                await peer.say(CREATE)
+                await peer.say(CREATE)
+            while len(service.given_up) < 2:
+                await trio.lowlevel.checkpoint()
+
+        run(work)
+        assert service.given_up == [service.pending] * 2
+
+    def test_what_is_aborted_is_given_up_at_once_and_once(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                offer = await peer.say(CREATE)
+                assert isinstance(offer, protocol.Offer)
+                assert await peer.say(protocol.Abort(offer.offer)) == protocol.Done()
+                assert service.given_up == [service.pending]
+                assert failure(await peer.say(protocol.Abort(offer.offer))) == errno.ENOENT
+
+        run(work)
+        assert service.given_up == [service.pending]
+
+    def test_those_of_others_are_none(self, run: Any, service: FakeService, pipe: tuple[int, int]) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer, Peer(path) as thief:
+                await peer.say(HELLO)
+                await thief.say(HELLO)
+                offer = await peer.say(CREATE)
+                assert isinstance(offer, protocol.Offer)
+                assert failure(await thief.say(protocol.Mapped(offer.offer, 0, 0), [pipe[1]])) == errno.ENOENT
+                assert failure(await thief.say(protocol.Abort(offer.offer))) == errno.ENOENT
+                assert service.given_up == []
+
+        run(work)
+
+
+class TestCredentials:
+    """Who connects is known, or not served."""
+
+    @pytest.mark.parametrize("number", [errno.ERANGE, errno.ENOPROTOOPT])
+    def test_without_credentials_nobody_is_served(
+        self, run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+    ) -> None:
+        """ERANGE: more groups than Python can ask for."""
+
+        def refuse(_sock: object) -> Caller:
+            raise OSError(number, os.strerror(number))
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                assert await peer.is_hung_up()
+            monkeypatch.undo()
+            async with Peer(path) as peer:
+                assert isinstance(await peer.say(HELLO), protocol.Welcome)
+
+        monkeypatch.setattr(control, "_caller", refuse)
+        run(work)
+        assert "a connection has no credentials" in caplog.text
+
+    @pytest.mark.usefixtures("as_root")
+    def test_all_groups_count_and_too_many_are_refused(
+        self, other_process: Callable[..., tuple[int, socket.socket]]
+    ) -> None:
+        def connect(groups: list[int], name: str) -> Callable[[socket.socket], None]:
+            def work(sock: socket.socket) -> None:
+                os.setgroups(groups)
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mine:
+                    mine.connect(f"\0{name}")
+                    sock.send(b"connected")
+                    sock.recv(1)
+
+            return work
+
+        async def caller(groups: list[int]) -> Caller:
+            name = f"msharefs-test-{os.getpid()}-{len(groups)}"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(f"\0{name}")
+                listener.listen()
+                other_process(connect(groups, name))[1].recv(9)
+                with trio.socket.from_stdlib_socket(listener.accept()[0]) as accepted:
+                    return control._caller(accepted)
+
+        groups = list(range(5000, 5256))
+        assert trio.run(caller, groups).who.groups == frozenset(groups)
+        assert trio.run(caller, []).who.groups == frozenset()
+        with pytest.raises(OSError, match=os.strerror(errno.ERANGE)):
+            trio.run(caller, [*groups, 6000])
+
+
+class TestAccepting:
+    """Connections go on coming, whatever one of them brings."""
+
+    class Listener:
+        """Fails as it is told to, and then for good."""
+
+        def __init__(self, *numbers: int) -> None:
+            self.numbers = list(numbers)
+            self.times: list[float] = []
+
+        async def accept(self) -> tuple[Any, Any]:
+            self.times.append(trio.current_time())
+            await trio.lowlevel.checkpoint()
+            number = self.numbers.pop(0)
+            raise OSError(number, os.strerror(number))
+
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED])
+    def test_what_passes_is_waited_for(
+        self, service: FakeService, caplog: pytest.LogCaptureFixture, number: int
+    ) -> None:
+        fake: Any = service
+        listener: Any = self.Listener(number, number, errno.EBADF)
+
+        async def main() -> None:
+            with pytest.RaisesGroup(OSError, flatten_subgroups=True):
+                await ControlServer(fake, Path("/m"), DEVICE).serve(listener)
+
+        trio.run(main, clock=MockClock(autojump_threshold=0))
+        assert len(listener.times) == 3
+        assert listener.times[1] > listener.times[0]
+        assert caplog.text.count("cannot accept") == 2
