@@ -93,6 +93,7 @@ class Filling:
     async def _fill(self, region: LiveRegion, piece: AddrRange) -> int:
         """Read a piece and install what is missing of it; the host address from which on the file has nothing."""
         source = _source_of(region, piece)
+        punches = region.punches
         fd = os.dup(region.files[source.file])
         try:
             data, size = await trio.to_thread.run_sync(_read, fd, piece.size, source.offset)
@@ -101,15 +102,26 @@ class Filling:
             data, size = b"", 0
         finally:
             os.close(fd)
-        if region.closed or _source_of(region, piece) != source:
-            raise _Gone
+        if _source_of(region, piece) != source or region.punches != punches:
+            raise _Gone  # What was read may be older than what was stored, written back and punched meanwhile.
         end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, PAGE_SIZE))))
         data = data.ljust(end - piece.start, b"\0")
         for run in _missing(region, AddrRange(piece.start, end)) if end > piece.start else []:
-            at = run.start - piece.start
-            region.put_new(data[at : at + run.size], region.model.offset_of(run))
+            self._put(region, piece, data, run)
             region.model.mm.filled(run)
+        for page in self._pages_waited_for(region, piece):  # Whatever the tables say, the kernel has missed them.
+            if page.end <= end:
+                self._put(region, piece, data, page)
         return end
+
+    def _put(self, region: LiveRegion, piece: AddrRange, data: bytes, run: AddrRange) -> None:
+        at = run.start - piece.start
+        region.put_new(data[at : at + run.size], region.model.offset_of(run))
+
+    def _pages_waited_for(self, region: LiveRegion, piece: AddrRange) -> set[AddrRange]:
+        faults = self._waiting.get((region.model.id, piece.start), [])
+        model = region.model
+        return {AddrRange.page_at(model.to_host(fault.attachment.model, Address(fault.addr))) for fault in faults}
 
     def _go_on(self, fault: Waiting, beyond: int) -> None:
         """Let the thread try again, or give it SIGBUS where the file has nothing."""

@@ -101,12 +101,12 @@ class Lifetimes:
 
     def forget(self, region: LiveRegion) -> None:
         """Close the files of a region that the namespace has let go."""
-        self._write_back(region)
+        self.write_back(region)
         del self._regions[region.model.id]
         region.settled.set()
         region.close()
 
-    def _write_back(self, region: LiveRegion) -> None:
+    def write_back(self, region: LiveRegion) -> None:
         """Have the files of a region hold every store."""
         apply.carry_out(region, region.model.mm.write_back(region.model.ar), self.read_events)
 
@@ -155,8 +155,8 @@ class Lifetimes:
         live.close()
         gone = self.namespace.detach(live.region.model, live.model)
         self._unwatch_process(live.model.pid)
-        if not live.region.attachments:
-            self._write_back(live.region)
+        if not live.region.attachments and not live.region.lock.locked():
+            self.write_back(live.region)  # Else whoever holds the lock does so at the end, with older pages written.
         if gone:
             self.forget(live.region)
 

@@ -196,9 +196,14 @@ class Service:
     async def change(self, caller: Caller, request: protocol.Changing, file: int | None) -> Answer:
         """Change what is mapped inside the region of one of the caller's attachments, for everybody."""
         live = self._own(caller, request.attachment)
-        async with live.region.lock:
-            live = self._own(caller, request.attachment)  # Still.
-            return await self._change_locked(live, request, file)
+        region = live.region
+        try:
+            async with region.lock:
+                live = self._own(caller, request.attachment)  # Still.
+                return await self._change_locked(live, request, file)
+        finally:
+            if not region.attachments and not region.closed:
+                self.lifetimes.write_back(region)
 
     async def _change_locked(self, live: LiveAttachment, request: protocol.Changing, file: int | None) -> Answer:
         match request:

@@ -242,3 +242,36 @@ def test_no_store_is_lost_while_others_sync(pair: tuple[Client, Client], path: P
     b.do("r.msync()")
     data = path.read_bytes()
     assert [data[at] for at in expected] == list(expected.values())
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_who_punches_its_own_window_does_not_hang(pair: tuple[Client, Client], path: Path, dirty: bool) -> None:
+    """madvise(2) past the region's own call takes the memory away; the file is what comes back."""
+    a, b = pair
+    opened(a, path)
+    a.do("r.mmap(3 * MIB, flags=MAP_SHARED, offset=0, fd=f); r.buf[5]")
+    if dirty:
+        a.do("r.buf[5] = 99")
+    a.do("sc.madvise(r.address, PAGE, 9)")
+    assert a.ask("r.buf[5]") == b.ask("r.buf[5]") == 5
+    a.do("r.buf[6] = 77; r.msync()")
+    assert path.read_bytes()[5:7] == bytes([5, 77])
+
+
+def test_an_unmapping_waits_for_a_write_back(pair: tuple[Client, Client], tmp_path: Path) -> None:
+    """One process syncs many pages while another unmaps them: the file holds every store."""
+    a, b = pair
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * (8 * MIB))
+    opened(a, large)
+    for _ in range(5):
+        a.do("r.mmap(8 * MIB, flags=MAP_SHARED, offset=0, fd=f); r.buf[:: 2 * PAGE] = b'y' * (4 * MIB // PAGE)")
+        a.send(do="r.msync()")
+        b.do("r.munmap(0, 8 * MIB)")
+        try:
+            a.receive()
+        except Exception as error:
+            assert "not mapped" in str(error)
+        data = large.read_bytes()
+        assert data[:: 2 * PAGE] == b"y" * (4 * MIB // PAGE)
+        large.write_bytes(b"x" * (8 * MIB))
