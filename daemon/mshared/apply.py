@@ -81,6 +81,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
 
 
 def _move_memory(region: LiveRegion, effect: Change) -> None:
+    region.moves += not isinstance(effect, WriteBack)
     match effect:
         case Punch(ar):
             region.punch(_offsets(region, ar))

@@ -20,6 +20,7 @@ from mshared import apply
 from mshared.live import LiveAttachment, LiveRegion, Reading
 from msharefs.addr import PAGE_SIZE, Address, AddrRange, round_up
 from msharefs.effects import Deliver, Signal
+from msharefs.perms import PROT_RW
 from msharefs.vma import FileSource
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Filling:
     async def _fill(self, region: LiveRegion, piece: AddrRange) -> int:
         """Read a piece and install what is missing of it; the host address from which on the file has nothing."""
         source = _source_of(region, piece)
-        punches = region.punches
+        moves = region.moves
         fd = os.dup(region.files[source.file])
         try:
             data, size = await trio.to_thread.run_sync(_read, fd, piece.size, source.offset)
@@ -102,8 +103,8 @@ class Filling:
             data, size = b"", 0
         finally:
             os.close(fd)
-        if _source_of(region, piece) != source or region.punches != punches:
-            raise _Gone  # What was read may be older than what was stored, written back and punched meanwhile.
+        if _source_of(region, piece) != source or region.moves != moves:
+            raise _Gone  # What was read may be older than what was stored, and moved, meanwhile.
         end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, PAGE_SIZE))))
         data = data.ljust(end - piece.start, b"\0")
         for run in _missing(region, AddrRange(piece.start, end)) if end > piece.start else []:
@@ -150,7 +151,8 @@ def _piece_with(reading: Reading, addr: Address) -> AddrRange | None:
 def _source_of(region: LiveRegion, piece: AddrRange) -> FileSource:
     """The file behind a piece, which one VMA covers. Raises _Gone."""
     vma = None if region.closed else region.model.mm.vmas.find(piece.start)
-    source = vma.source_at(piece.start) if vma is not None and vma.ar.covers(piece) else None
+    shows = vma is not None and vma.ar.covers(piece) and vma.prot & PROT_RW
+    source = vma.source_at(piece.start) if vma is not None and shows else None
     if source is None or source.file not in region.files:
         raise _Gone
     return source

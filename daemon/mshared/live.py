@@ -66,9 +66,9 @@ class LiveRegion:
 
     ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone. ``lock`` is held by a
     change from its first await to its end.
-    ``punches`` counts how often memory went away. ``changing`` while a change is carried out: faults wait, since the
-    model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall clock's time,
-    for people.
+    ``moves`` counts how often memory was moved or went. ``changing`` while a change is carried out: faults wait,
+    since the model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall
+    clock's time, for people.
     """
 
     model: Region
@@ -80,7 +80,7 @@ class LiveRegion:
     files: dict[FileId, int] = attrs.Factory(dict)
     closed: bool = False
     lock: trio.Lock = attrs.Factory(trio.Lock)
-    punches: int = 0
+    moves: int = 0
     changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
     reading: Reading = attrs.Factory(Reading)
@@ -96,7 +96,6 @@ class LiveRegion:
 
     def punch(self, ar: AddrRange) -> None:
         """Give the memory of a range of offsets back, stashed or not."""
-        self.punches += 1
         self.backing.punch(ar)
         if self._stash is not None:
             punch(self._stash, ar)

@@ -373,6 +373,8 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         vma = self.mm.vmas.find(reading.ar.start)
         if vma is None or not vma.ar.covers(reading.ar) or vma.source_at(reading.ar.start) != reading.source:
             return
+        if not vma.prot & PROT_RW:
+            return
         there = self.installed()
         for page, content in zip(pages_of(reading.ar), reading.data, strict=True):
             if page not in there:

@@ -268,10 +268,7 @@ def test_an_unmapping_waits_for_a_write_back(pair: tuple[Client, Client], tmp_pa
         a.do("r.mmap(8 * MIB, flags=MAP_SHARED, offset=0, fd=f); r.buf[:: 2 * PAGE] = b'y' * (4 * MIB // PAGE)")
         a.send(do="r.msync()")
         b.do("r.munmap(0, 8 * MIB)")
-        try:
-            a.receive()
-        except Exception as error:
-            assert "not mapped" in str(error)
+        a.receive()
         data = large.read_bytes()
         assert data[:: 2 * PAGE] == b"y" * (4 * MIB // PAGE)
         large.write_bytes(b"x" * (8 * MIB))
