@@ -145,7 +145,7 @@ def _attach(link: Connection, name: str, addr: int | None, length: int, oflags: 
 
 def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int], donation: Donation | None) -> Region:
     """Take up an offer: map the backing, or put it in the place of what is donated; be armed before anybody looks."""
-    offer = reply_of(reply, protocol.Offer)
+    offer = _offer_of(reply, fds)
     window = Window(offer)
     try:
         backing, device = fds[0], fds[1] if offer.device else None
@@ -177,6 +177,16 @@ def _mapped(link: Connection, request: protocol.Mapped, uffd: int, device: int |
         return link.call(request, protocol.Attached, (uffd, second))
     finally:
         os.close(second)
+
+
+def _offer_of(reply: protocol.Message, fds: list[int]) -> protocol.Offer:
+    """The offer in a reply. Raises OSError EPROTO, with the descriptors closed, when it is none."""
+    if isinstance(reply, protocol.Offer) and len(fds) == 1 + reply.device:
+        return reply
+    for fd in fds:
+        os.close(fd)
+    offer = reply_of(reply, protocol.Offer)
+    raise OSError(errno.EPROTO, f"the daemon offered {1 + offer.device} descriptors, and sent {len(fds)}")
 
 
 def _check_flags(oflags: int) -> None:

@@ -107,18 +107,17 @@ class Donation:
             self._filled.append((start, end))
 
     def _move(self, part: Mapping, runs: list[tuple[int, int]], backing: int, uffd: int) -> None:
-        """Hand one mapping over. From arming to waking not one bytecode is executed."""
+        """Hand one mapping over. From arming to waking, or undoing, not one bytecode is executed."""
         length = part.end - part.start
         scratch = sc.mmap(None, length, sc.PROT_NONE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_NORESERVE)
         steps = self._steps(part, runs, backing, uffd, scratch)
+        moved = range(_MREMAP_DONE, len(steps) - 1) if _is_moved_away(part) else range(0)
+        undo = _undo_steps(part, steps, uffd, scratch, moved)
         with _collector_off():
-            done = sc.run_unswitched(steps)
-            error = sc.errno_error("donating")
-            if _is_moved_away(part) and _MREMAP_DONE <= done < len(steps) - 1:
-                back = Step(part.start, sc.SYS_MREMAP, (scratch, length, length, _MAYMOVE_FIXED, part.start))
-                sc.run_unswitched([back])  # Nothing is left at scratch then.
-                raise error
-        sc.munmap(scratch, length)
+            done = sc.run_unswitched(steps, undo)
+        error = sc.errno_error("donating")
+        if done not in moved:  # Else it is at its old place again, and nothing is left at scratch.
+            sc.munmap(scratch, length)
         if done < len(steps):
             raise error
 
@@ -185,6 +184,16 @@ def _protect_steps(part: Mapping, uffd: int) -> list[Step]:
         return []
     mode = abi.WRITEPROTECT_MODE_WP
     return [_uffd_step(uffd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT, part.start, length, mode)]
+
+
+def _undo_steps(part: Mapping, steps: list[Step], uffd: int, scratch: int, moved: range) -> list[tuple[range, Step]]:
+    """What to do when that many steps have succeeded and the next has not: memory is back, and armed no longer."""
+    length, failed = part.end - part.start, range(len(steps))
+    back = Step(part.start, sc.SYS_MREMAP, (scratch, length, length, _MAYMOVE_FIXED, part.start))
+    disarm = _uffd_step(uffd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT, part.start, length)
+    protect = Step(0, sc.SYS_MPROTECT, (part.start, length, part.prot))
+    armed = steps[0].number == sc.SYS_IOCTL  # Files of disk filesystems are not.
+    return [(moved, back), *([(failed, disarm)] if armed else []), (failed, protect)]
 
 
 def _uffd_step(uffd: int, request: int, layout: struct.Struct, *values: int) -> Step:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import operator
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -91,19 +93,29 @@ class Step:
     args: tuple[int | ctypes.Array[ctypes.c_char], ...]
 
 
-def run_unswitched(steps: list[Step]) -> int:
+def run_unswitched(steps: list[Step], undo: list[tuple[range, Step]] | None = None) -> int:
     """Make system calls one after the other, letting no other Python thread run in between; how many succeeded.
 
-    Ends at the first that returns something else than expected; errno is then in ``ctypes.get_errno()``. While memory
-    is armed that a Python thread may touch, that thread would wait holding the interpreter lock, and whoever is to
-    end the wait could never go on. Calls that keep the lock are not enough: the interpreter also switches threads
+    Ends at the first that returns something else than expected; ``errno_error`` tells why. What then must be undone is
+    in ``undo``, each call with the numbers of successes after which it is made; its results are not looked at. While
+    memory is armed that a Python thread may touch, that thread would wait holding the interpreter lock, and whoever is
+    to end the wait could never go on. Calls that keep the lock are not enough: the interpreter also switches threads
     between two bytecodes. So none is executed: iterators written in C drive the calls. The caller keeps the collector
     off.
     """
-    calls = [(step.number, *map(_word, step.args)) for step in steps]
-    expected = [step.expected for step in steps]
-    results = itertools.starmap(_keeping_the_lock.syscall, calls)
-    return len(list(itertools.takewhile(operator.truth, map(operator.eq, results, expected))))
+    done: list[None] = []
+    results = itertools.starmap(_keeping_the_lock.syscall, [_call(step) for step in steps])
+    successes = itertools.takewhile(operator.truth, map(operator.eq, results, [step.expected for step in steps]))
+    whens, backwards = [when for when, _ in undo or ()], [_call(step) for _, step in undo or ()]
+    chosen = itertools.compress(backwards, map(operator.contains, whens, map(len, itertools.repeat(done))))
+    ctypes.set_errno(0)
+    every = itertools.chain(map(done.append, successes), itertools.starmap(_keeping_the_lock.syscall, chosen))
+    deque(every, maxlen=0)
+    return len(done)
+
+
+def _call(step: Step) -> tuple[object, ...]:
+    return (step.number, *map(_word, step.args))
 
 
 def _word(arg: int | ctypes.Array[ctypes.c_char]) -> ctypes.c_long | ctypes.Array[ctypes.c_char]:
@@ -111,7 +123,8 @@ def _word(arg: int | ctypes.Array[ctypes.c_char]) -> ctypes.c_long | ctypes.Arra
 
 
 def errno_error(what: str) -> OSError:
-    """The OSError of the last failed call."""
+    """The OSError of the step that failed; EFAULT when it did a part only, as a write of memory that is not there."""
+    ctypes.set_errno(ctypes.get_errno() or errno.EFAULT)
     return _error(what)
 
 

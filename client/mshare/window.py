@@ -107,7 +107,19 @@ def _has_relatives(view: memoryview) -> bool:
     A view of raw memory pins nothing: unmapping under one that is alive would crash whoever touches it later.
     """
     (managed,) = gc.get_referents(view)
-    return sys.getrefcount(managed) > _REFERENCES_OF_ONE_VIEW
+    others = sys.getrefcount(managed) - _REFERENCES_OF_ONE_VIEW
+    if not others:
+        return False
+    # A view that was released looks at nothing, but refers to the buffer until it is collected.
+    return others > sum(isinstance(each, memoryview) and _is_released(each) for each in gc.get_referrers(managed))
+
+
+def _is_released(view: memoryview) -> bool:
+    try:
+        _ = view.nbytes
+    except ValueError:
+        return True
+    return False
 
 
 def _references_of_one_view() -> int:

@@ -6,6 +6,7 @@ the kernel, not by a handler, since an interpreter or a loop that is being taken
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from typing import Final
 
@@ -46,4 +47,5 @@ class StopSignals:
             libc.call("signal", int(each), _SIG_IGN)  # Past Python, which complains of those that are on their way.
         self._came = signal.Signals(number)
         if self._token is not None and self._event is not None:
-            self._token.run_sync_soon(self._event.set)
+            with contextlib.suppress(trio.RunFinishedError):  # Stopping already, for another reason.
+                self._token.run_sync_soon(self._event.set)

@@ -20,6 +20,7 @@ import attrs
 import pytest
 from click.testing import CliRunner
 
+from mshare import syscalls as sc
 from mshare.cli import cli as group
 from msharefs import protocol
 
@@ -153,6 +154,12 @@ def _status_of(pid: int) -> int:
 
 
 @pytest.fixture
+def open_descriptors() -> Callable[[], int]:
+    """How many descriptors this process has open."""
+    return lambda: len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     """Descriptors to send about."""
     ends = os.pipe()
@@ -173,6 +180,22 @@ def copies(pipe: tuple[int, int]) -> Callable[[], int]:
         return found - 2
 
     return count
+
+
+@pytest.fixture
+def left_over(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """Which mappings without access, made where the kernel liked, still stand: anchors and scratch places."""
+    made: list[tuple[int, int]] = []
+    plain = sc.mmap
+
+    def mmap(addr: int | None, length: int, prot: int, *rest: int) -> int:
+        start = plain(addr, length, prot, *rest)
+        if addr is None and prot == sc.PROT_NONE:
+            made.append((start, start + length))
+        return start
+
+    monkeypatch.setattr(sc, "mmap", mmap)
+    return lambda: [m.start for ends in made for m in sc.own_mappings(*ends) if not (m.prot or m.inode)]
 
 
 Reply = protocol.Message | bytes | tuple[protocol.Message | bytes, list[int]] | None

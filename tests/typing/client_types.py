@@ -1,0 +1,59 @@
+"""What the type checker must know of the client. Never run: ``test_typing.py`` has mypy read it.
+
+A line with ``type: ignore`` is one that must be an error; mypy complains when it is none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import assert_type
+
+import mshare
+from mshare.connection import Connection, reply_of
+from msharefs import protocol
+
+
+def regions_are_made_by_name(path: Path) -> None:
+    region = mshare.mshare("name", None, 2 << 20, os.O_CREAT | os.O_RDWR)
+    assert_type(region, mshare.Region)
+    mshare.mshare(b"name", 1 << 40, 0, os.O_RDONLY, 0o640, backing="4k", empty=True, mount=path)
+    mshare.mshare("name", None, 0, os.O_RDWR, 0o600, "4k")  # type: ignore[call-arg]
+    mshare.mshare(5, None, 0, os.O_RDWR)  # type: ignore[arg-type]
+    mshare.mshare("name", "0x1000", 0, os.O_RDWR)  # type: ignore[arg-type]
+    mshare.mshare("name", None, 0)  # type: ignore[call-arg]
+    assert_type(mshare.mshare_unlink("name", mount="/run/mshare"), None)
+    mshare.remove("name", "/run/mshare")  # type: ignore[call-arg]
+
+
+def a_region_says_what_it_is(region: mshare.Region) -> None:
+    assert_type(region.buf, memoryview)
+    assert_type((region.name, region.address, region.size), tuple[str, int, int])
+    assert_type((region.readonly, region.closed), tuple[bool, bool])
+    region.name = "other"  # type: ignore[misc]
+    region.buf = b""  # type: ignore[assignment, misc]
+    with region as same:
+        assert_type(same, mshare.Region)
+
+
+def what_is_inside_is_changed_by_offset(region: mshare.Region) -> None:
+    assert_type(region.mmap(4096), int)
+    region.mmap(4096, 3, 0x21, offset=8192)
+    region.mmap(4096, 3, 0x21, 8192)  # type: ignore[call-arg]
+    assert_type(region.munmap(0, 4096), None)
+    region.munmap(0)  # type: ignore[call-arg]
+    region.mprotect(0, 4096, "r")  # type: ignore[arg-type]
+
+
+def numbers_have_types(region: mshare.Region) -> None:
+    stat = region.stat()
+    assert_type(stat, mshare.RegionStat)
+    assert_type((stat.attached, stat.tables_shared), tuple[int, bool])
+    stat.attached = 0  # type: ignore[misc]
+    assert_type(region.maps(), list[mshare.Vma])
+
+
+def a_call_gives_what_is_expected_of_it(link: Connection, reply: protocol.Message) -> None:
+    assert_type(link.call(protocol.Remove("name"), protocol.Done), protocol.Done)
+    assert_type(reply_of(reply, protocol.Offer), protocol.Offer)
+    link.call("remove", protocol.Done)  # type: ignore[arg-type]
