@@ -37,7 +37,7 @@ def find_mount(mount: str | os.PathLike[str] | None = None) -> Path:
     """
     chosen = mount if mount is not None else os.environ.get(ENVIRONMENT)
     if chosen:
-        return Path(chosen)
+        return Path(os.path.abspath(chosen))  # noqa: PTH100 - resolve() would ask a dead mount
     text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # As text, "\r" in a path would end a line.
     found = {m.uid: Path(m.point) for m in msharefs_mounts(text)}
     for uid in (os.geteuid(), 0):

@@ -176,12 +176,19 @@ class Opened:
 
 
 async def _opened(file: int) -> Opened:
-    """A client's descriptor, checked as mmap(2) does. Raises BadDescriptorError, NoDeviceError, AccessDeniedError."""
+    """A client's descriptor, checked as mmap(2) does. Raises BadDescriptorError, NoDeviceError, AccessDeniedError.
+
+    Its filesystem may be served by the client, which need not answer: that holds one thread, and the client.
+    """
+    own = trio.CapacityLimiter(1)
+    return await trio.to_thread.run_sync(_open_again, file, abandon_on_cancel=True, limiter=own)
+
+
+def _open_again(file: int) -> Opened:
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     if flags & os.O_PATH:
         raise BadDescriptorError("a descriptor opened with O_PATH cannot be mapped")
-    status = await trio.to_thread.run_sync(os.fstat, file)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(file).st_mode):
         raise NoDeviceError("only regular files can be mapped into a region")
     if flags & os.O_ACCMODE == os.O_WRONLY:
         raise AccessDeniedError("the file was opened for writing only; open it O_RDWR or O_RDONLY")

@@ -73,7 +73,10 @@ class Uffd:
         fcntl.ioctl(self.fd, abi.UFFDIO_API, abi.API_STRUCT.pack(abi.API_VERSION, features, 0))
 
     def arm(self, ar: AddrRange, arming: Arming) -> None:
-        """Have exactly these faults reported from now on; NATIVE ends all reports and wakes who waits."""
+        """Have these faults reported from now on; NATIVE ends all reports and wakes who waits.
+
+        A range that was armed with MISSING too goes on reporting that, which does no harm.
+        """
         if not arming:
             self.unmark(ar)
             self.wake(ar)

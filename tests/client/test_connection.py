@@ -303,16 +303,18 @@ class TestInterrupted:
     def test_a_reply_that_was_not_waited_for_is_not_taken_for_the_next(
         self, link: Connection, daemon: Any, pipe: tuple[int, int], copies: Callable[[], int]
     ) -> None:
-        main = threading.main_thread().ident
+        main, gone = threading.main_thread().ident, threading.Event()
         assert main is not None
 
         def interrupt(_request: object, _fds: object) -> Any:
             signal.pthread_kill(main, signal.SIGINT)
+            assert gone.wait(10)
             return DONE, list(pipe)
 
         daemon.on[protocol.Detach] = interrupt
         with pytest.raises(KeyboardInterrupt):
             link.call(protocol.Detach(1), protocol.Done)
+        gone.set()
         assert link.call(ASK, protocol.Listing) == LISTING
         assert daemon.kinds().count(protocol.Hello) == 2
         assert copies() == 0

@@ -63,6 +63,21 @@ def test_a_page_that_is_there_keeps_what_it_holds(fd: int, filler: Filler) -> No
     assert os.pread(fd, 9, 0) == b"something"
 
 
+def test_data_appears_with_its_pages_only(fd: int, filler: Filler) -> None:
+    assert filler.copy(4 * PAGE_SIZE, b"a" * PAGE_SIZE + b"b" * PAGE_SIZE)
+    assert list(extents(fd)) == [AddrRange.sized(4 * PAGE_SIZE, 2 * PAGE_SIZE)]
+    assert os.pread(fd, 2, 5 * PAGE_SIZE - 1) == b"ab"
+
+
+def test_data_does_not_replace_what_is_there(fd: int, filler: Filler) -> None:
+    filler.zero(5 * PAGE_SIZE)
+    os.pwrite(fd, b"kept", 5 * PAGE_SIZE)
+    assert not filler.copy(5 * PAGE_SIZE, b"n" * PAGE_SIZE)
+    assert not filler.copy(4 * PAGE_SIZE, b"n" * 3 * PAGE_SIZE)
+    assert os.pread(fd, 4, 5 * PAGE_SIZE) == b"kept"
+    assert page(6) not in list(extents(fd))
+
+
 def test_making_and_closing_one_leaves_nothing(fd: int, open_descriptors: Callable[[], int]) -> None:
     def here() -> tuple[int, int]:
         return open_descriptors(), Path("/proc/self/maps").read_text().count("backing")
