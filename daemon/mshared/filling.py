@@ -29,7 +29,6 @@ PIECE: Final = 128 << 10
 """Bytes that are read at once around a page, as far as its mapping reaches."""
 MOST: Final = 2 << 20
 """Bytes that are read at once when pages are touched in order, and as much again ahead (compare mm/readahead.c)."""
-_WORKERS: Final = 4
 
 
 @attrs.frozen
@@ -68,7 +67,9 @@ class Filling:
         ahead = AddrRange.sized(piece.end, size).intersect(whole) if in_order else None
         if ahead is not None and _piece_with(reading, ahead.start) is None:
             self._enqueue(region, ahead)
-        reading.end, reading.size = (ahead or piece).end, size
+        # A fault that was on its way while its page came says nothing of the order.
+        if not reading.end - 2 * reading.size <= page.start < reading.end:
+            reading.end, reading.size = (ahead or piece).end, size
 
     def _enqueue(self, region: LiveRegion, piece: AddrRange) -> list[Waiting]:
         """Have a piece read; the faults that wait for it."""
@@ -79,17 +80,16 @@ class Filling:
     async def run(self) -> None:
         """Serve for ever."""
         async with trio.open_nursery() as nursery:
-            for _ in range(_WORKERS):
-                nursery.start_soon(self._work)
+            async for region, piece in self._receive:
+                nursery.start_soon(self._serve, region, piece)
 
-    async def _work(self) -> None:
-        async for region, piece in self._receive:
-            beyond = 0
-            with contextlib.suppress(_Gone):
-                beyond = await self._fill(region, piece)
-            region.reading.under_way.remove(piece)
-            for fault in self._waiting.pop((region.model.id, piece.start), []):
-                self._go_on(fault, beyond)
+    async def _serve(self, region: LiveRegion, piece: AddrRange) -> None:
+        beyond = 0
+        with contextlib.suppress(_Gone):
+            beyond = await self._fill(region, piece)
+        region.reading.under_way.remove(piece)
+        for fault in self._waiting.pop((region.model.id, piece.start), []):
+            self._go_on(fault, beyond)
 
     async def _fill(self, region: LiveRegion, piece: AddrRange) -> int:
         """Read a piece and install what is missing of it; the host address from which on the file has nothing."""
@@ -97,7 +97,9 @@ class Filling:
         moves = region.moves
         fd = os.dup(region.files[source.file])
         try:
-            data, size = await trio.to_thread.run_sync(_read, fd, piece.size, source.offset)
+            data, size = await trio.to_thread.run_sync(
+                _read, fd, piece.size, source.offset, abandon_on_cancel=True, limiter=region.reading.limiter
+            )
         except OSError as error:
             log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
             data, size = b"", 0

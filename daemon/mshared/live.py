@@ -53,11 +53,13 @@ class Reading:
     """What is being read of mapped files, as host ranges.
 
     ``end`` is where the last read ended, to tell whether pages are touched in order; ``size`` what was read at once.
+    A file whose filesystem does not answer holds the threads that ``limiter`` allows this region, and no other's.
     """
 
     under_way: list[AddrRange] = attrs.Factory(list)
     end: int = 0
     size: int = 0
+    limiter: trio.CapacityLimiter = attrs.Factory(lambda: trio.CapacityLimiter(4))
 
 
 @attrs.define(eq=False)

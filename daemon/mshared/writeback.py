@@ -35,7 +35,10 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
         try:
             while runs:
                 where = runs[0].ar.moved(-region.model.ar.start)
-                await trio.to_thread.run_sync(apply.write_back, memory, files[runs[0].file], where, runs[0].offset)
+                file, offset = files[runs[0].file], runs[0].offset
+                await trio.to_thread.run_sync(
+                    apply.write_back, memory, file, where, offset, limiter=region.reading.limiter
+                )
                 del runs[0]
         except OSError as error:
             raise NoSpaceError(f"cannot write to the mapped file: {error.strerror}") from error
