@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import pytest
 
 PATIENCE = 20.0
 """Seconds after which a process of a test that has not answered is taken to hang."""
+
+Work = Callable[[], object]
 
 _DROP = """
 import ctypes, os
@@ -347,6 +350,65 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
         pytest.fail("it never happened")
 
     return wait
+
+
+@pytest.fixture
+def status_of() -> Callable[[Work], int]:
+    """Run a function in a forked process: what blocks or dies of a signal does so there. Its exit status.
+
+    0: it returned. Negative: it died of a signal. When it raises, the test fails with the same words.
+    """
+
+    def run(work: Work) -> int:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                os.write(writer, traceback.format_exc().encode()[-60000:])
+            finally:
+                os._exit(1)
+        os.close(writer)
+        try:
+            status = _status_of(pid)
+            os.set_blocking(reader, False)
+            with contextlib.suppress(BlockingIOError):  # A process it forked may still hold the other end.
+                words = os.read(reader, 65536).decode()
+                assert not words, words
+        finally:
+            os.close(reader)
+        return status
+
+    return run
+
+
+@pytest.fixture
+def apart(status_of: Callable[[Work], int]) -> Callable[[Work], None]:
+    """Run a function in a forked process, which must end well and in time."""
+
+    def run(work: Work) -> None:
+        assert status_of(work) == 0
+
+    return run
+
+
+@pytest.fixture
+def open_descriptors() -> Callable[[], int]:
+    """How many descriptors this process has open."""
+    return lambda: len(os.listdir("/proc/self/fd"))
+
+
+def _status_of(pid: int) -> int:
+    """Wait for a process, or kill it; its exit status, negative for a signal."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if not select.select([pidfd], [], [], PATIENCE)[0]:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 _names = iter(range(1 << 30))

@@ -23,8 +23,8 @@ class Window:
     """Maps a region's backing, and unmaps it only when nobody looks at it through ``buf`` any more.
 
     ``userfaultfd`` is this process's copy: while somebody holds one, a thread that waits for a fault to be served
-    goes on waiting when the daemon dies, instead of reading zeros. ``anchor`` is two pages registered with it that
-    nobody touches.
+    goes on waiting when the daemon dies, instead of reading zeros. ``anchor`` are pages of address space that nobody
+    touches: see ``protocol.Mapped``.
     """
 
     def __init__(self, offer: Offer) -> None:

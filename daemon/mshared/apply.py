@@ -230,15 +230,15 @@ def _refuse(attachment: LiveAttachment, sigbus: Uffd, page: AddrRange) -> None:
 
 
 def take_back(attachment: LiveAttachment) -> None:
-    """Arm refused pages again as the region is armed."""
+    """Arm refused pages again as the region is armed; one that the kernel cannot take yet stays among them."""
     model = attachment.region.model
     for start in list(attachment.refused):
         page = AddrRange.page_at(start)
         host = page.moved(model.ar.start - attachment.model.window.start)
         if attachment.sigbus is not None:
             _try(attachment, partial(attachment.sigbus.unmark, page))
-        _try(attachment, partial(attachment.uffd.arm, page, model.mm.arming_at(host)))
-        attachment.refused.discard(start)
+        if _try(attachment, partial(attachment.uffd.arm, page, model.mm.arming_at(host))) is not Outcome.RETRY:
+            attachment.refused.discard(start)
 
 
 def _send(pid: int, tid: int, signal: Signal, addr: Address) -> Outcome:

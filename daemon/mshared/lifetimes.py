@@ -146,7 +146,13 @@ class Lifetimes:
         return live
 
     def drop(self, live: LiveAttachment) -> None:
-        """End a reference. The region goes too when it has no name any more and this was the last."""
+        """End a reference. The region goes too when it has no name any more and this was the last.
+
+        Not while a change of the region is carried out, which may be what has come upon it: then right after.
+        """
+        if live.region.changing:
+            self._pager.later(lambda: self.drop(live))
+            return
         if self._attachments.pop(live.model.id, None) is None:
             return
         live.region.attachments.remove(live)
@@ -263,10 +269,10 @@ class Lifetimes:
         """Arm refused pages as before, once the system call has seen to fail."""
         if live.model.id not in self._attachments:
             return
-        if time.monotonic() < deadline:
-            self._pager.later(lambda: self._take_back_after(live, deadline))
-        else:
+        if time.monotonic() >= deadline:
             apply.take_back(live)
+        if live.refused:
+            self._pager.later(lambda: self._take_back_after(live, deadline))
 
     def _on_fork(self, parent: LiveAttachment, fd: int) -> None:
         """A child exists and waits in fork(): it has its parent's windows, armed as they are."""

@@ -23,6 +23,7 @@ from msharefs.errors import (
     BadDescriptorError,
     ExistsError,
     InvalidArgumentError,
+    MshareError,
     NoSpaceError,
     NotFoundError,
     NotPermittedError,
@@ -144,8 +145,11 @@ class Service:
         live = self.lifetimes.attach(
             region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly, sigbus=sigbus
         )
-        if pending.donated:
+        try:
             self._settle_donation(live, pending.donated)
+        except MshareError:
+            region.model.ready = False  # The creator gives up, and then the region never was.
+            raise
         return Answer(protocol.Attached(live.model.id))
 
     def give_up(self, pending: Pending) -> None:
@@ -307,6 +311,8 @@ class Service:
 
     def _settle_donation(self, live: LiveAttachment, donated: tuple[protocol.DonatedRange, ...]) -> None:
         """Make holes and protections hold, now that the contents are in: they came through the file."""
+        if not donated:
+            return
         mm = live.region.model.mm
         self._change(live, [Punch(hole) for hole in mm.shared_granule_holes()])
         for part in donated:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,50 +110,6 @@ def cli(mshare: Mshare, daemon: Any) -> Mshare:
 
 
 # For the tests of single client modules, which need no mshared: other processes, and a daemon that is none.
-
-Work = Callable[[], object]
-
-
-@pytest.fixture
-def apart() -> Callable[[Work], None]:
-    """Run a function in a forked process, which must end well and in time: what may block on a fault does so there."""
-
-    def run(work: Work) -> None:
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work()
-                os._exit(0)
-            except BaseException:
-                os.write(writer, traceback.format_exc().encode()[-60000:])
-            finally:
-                os._exit(1)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as words:
-            status = _status_of(pid)
-            os.set_blocking(reader, False)
-            text = (words.read() or b"").decode()
-        assert (status, text) == (0, ""), text
-
-    return run
-
-
-def _status_of(pid: int) -> int:
-    """Wait for a process, or kill it; its exit status, negative for a signal."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        if not select.select([pidfd], [], [], PATIENCE)[0]:
-            os.kill(pid, signal.SIGKILL)
-    finally:
-        os.close(pidfd)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.fixture
-def open_descriptors() -> Callable[[], int]:
-    """How many descriptors this process has open."""
-    return lambda: len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

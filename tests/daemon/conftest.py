@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import traceback
@@ -17,50 +16,6 @@ from mshared import mounts
 
 PATIENCE = 10.0
 """Seconds after which a process of a test is taken to hang, and is killed."""
-
-Work = Callable[[], object]
-
-
-@pytest.fixture
-def status_of() -> Callable[[Work], int]:
-    """Run a function in a forked process: what blocks or dies of a signal does so there. Its exit status.
-
-    0: it returned. Negative: it died of a signal. When it raises, the test fails with the same words.
-    """
-
-    def run(work: Work) -> int:
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work()
-                os._exit(0)
-            except BaseException:
-                os.write(writer, traceback.format_exc().encode()[-60000:])
-            finally:
-                os._exit(1)
-        os.close(writer)
-        try:
-            status = _status_of(pid)
-            os.set_blocking(reader, False)
-            with contextlib.suppress(BlockingIOError):  # A process it forked may still hold the other end.
-                words = os.read(reader, 65536).decode()
-                assert not words, words
-        finally:
-            os.close(reader)
-        return status
-
-    return run
-
-
-@pytest.fixture
-def apart(status_of: Callable[[Work], int]) -> Callable[[Work], None]:
-    """Run a function in a forked process, which must end well and in time."""
-
-    def run(work: Work) -> None:
-        assert status_of(work) == 0
-
-    return run
 
 
 @pytest.fixture
@@ -109,12 +64,6 @@ def gone() -> int:
 
 
 @pytest.fixture
-def open_descriptors() -> Callable[[], int]:
-    """How many descriptors this process has open."""
-    return lambda: len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
 def as_root() -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting is for root only")
@@ -135,14 +84,3 @@ def tmpfs(as_root: None, directory: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for place in mounted:
         mounts.unmount(place)
-
-
-def _status_of(pid: int) -> int:
-    """Wait for a process, or kill it; its exit status, negative for a signal."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        if not select.select([pidfd], [], [], PATIENCE)[0]:
-            os.kill(pid, signal.SIGKILL)
-    finally:
-        os.close(pidfd)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from mshared import apply, backing
 from mshared import service as module
 from mshared.backing import BackingStore, MemfdStore
 from mshared.lifetimes import Lifetimes
@@ -20,6 +22,7 @@ from mshared.service import INODES_A_REGION, Caller, Pending, Service
 from mshared.tickets import Ticket
 from msharefs import protocol, uffd_abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address
+from msharefs.effects import Punch
 from msharefs.errors import (
     AccessDeniedError,
     BadDescriptorError,
@@ -97,6 +100,9 @@ class AliveUffd:
 
     def is_alive(self) -> bool:
         return True
+
+    def arm(self, _ar: object, _arming: object) -> None:
+        """Have nothing to report."""
 
     def close(self) -> None:
         os.close(self.fd)
@@ -496,3 +502,36 @@ class TestLooking:
 
         monkeypatch.setattr(module, "_read_kernel", read_late)
         assert trio.run(world.service.stat, pending.region).resident == 0
+
+
+class TestWhatComesUponAChange:
+    """Deaths and failures in the middle of a change."""
+
+    def test_a_death_takes_effect_when_the_change_is_done(self, world: World) -> None:
+        _, pending = world.create()
+        live = world.attach(pending.region, 99)
+        seen: list[list[LiveAttachment]] = []
+
+        def die() -> None:
+            world.lifetimes.drop(live)
+            seen.append(list(pending.region.attachments))
+
+        apply.carry_out(pending.region, [Punch(pending.region.model.ar)], die)
+        assert seen == [[live]]
+        world.pager.drain()
+        assert pending.region.attachments == []
+
+    def test_a_donation_that_cannot_be_settled_leaves_no_region(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, pending = world.create(addr=AT, donated=(protocol.DonatedRange(0, PAGE_SIZE, 0),))
+
+        def full(*_args: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(world.lifetimes, "attach", lambda region, *_args, **_named: world.attach(region, ME.pid))
+        monkeypatch.setattr(backing, "move", full)
+        with pytest.raises(NoSpaceError):
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, -1)
+        world.service.give_up(pending)
+        assert world.namespace.all() == []
