@@ -66,7 +66,8 @@ class AddrRange:
     @classmethod
     def page_at(cls, addr: int, size: int = PAGE_SIZE) -> AddrRange:
         """The page of ``size`` bytes that holds ``addr``."""
-        return cls.sized(round_down(addr, size), size)
+        start = addr & -size
+        return cls(Address(start), Address(start + size))
 
     @property
     def size(self) -> int:

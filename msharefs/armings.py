@@ -1,4 +1,4 @@
-"""Arithmetic on ranges and how they are armed."""
+"""How a host mm is armed: which faults of which ranges the kernel reports."""
 
 from __future__ import annotations
 
@@ -6,11 +6,80 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
-from msharefs.addr import Address, AddrRange
-from msharefs.vma import Arming
+import attrs
+
+from msharefs.addr import Address, AddrRange, round_down, round_up
+from msharefs.effects import Arm, Change
+from msharefs.vma import Arming, Vma
+from msharefs.vma_set import VmaSet
 
 Armed = list[tuple[AddrRange, Arming]]
 """Ranges in order, each armed in one way."""
+
+
+@attrs.frozen
+class ArmingRule:
+    """From what is mapped in ``bounds`` to what is armed; ``granule`` and ``paging_all`` as in ``HostMm``."""
+
+    bounds: AddrRange
+    granule: int
+    paging_all: bool
+
+    def of(self, vma: Vma | None) -> Arming:
+        """Holes report every touch; with ``paging_all`` so does the rest, once a page."""
+        if vma is None:
+            return Arming.MISSING
+        return vma.arming() | Arming.MISSING if self.paging_all else vma.arming()
+
+    def granules(self, ar: AddrRange) -> AddrRange:
+        """The granules that ``ar`` has a part in, as far as they lie in the region."""
+        start, end = round_down(ar.start, self.granule), round_up(ar.end, self.granule)
+        return AddrRange(max(Address(start), self.bounds.start), min(Address(end), self.bounds.end))
+
+    def over(self, vmas: VmaSet, ar: AddrRange) -> Armed:
+        """How ``ar`` is armed, in order and without gaps, equal neighbours as one."""
+        area = self.granules(ar)
+        parts = [(hole, self.of(None)) for hole in vmas.holes(area)]
+        parts += [(vma.clipped(area).ar, self.of(vma)) for vma in vmas.overlapping(area)]
+        parts.sort()
+        paged = united(self.granules(part) for part, arming in parts if arming & Arming.MISSING)
+        merged: Armed = []
+        for piece, arming in page_within(parts, paged):
+            inside = piece.intersect(ar)
+            if inside is None:
+                continue
+            if merged and merged[-1][1] == arming:
+                inside = AddrRange(merged.pop()[0].start, inside.end)
+            merged.append((inside, arming))
+        return merged
+
+    def around(self, vmas: VmaSet, ar: AddrRange) -> Armed:
+        """How the granules of ``ar`` are armed."""
+        return self.over(vmas, self.granules(ar))
+
+    def rearm(
+        self, vmas: VmaSet, ar: AddrRange, before: Armed, moves: list[Change], *, also: Arming = Arming.NATIVE
+    ) -> list[Change]:
+        """Arm the granules of ``ar`` as they are mapped now, around ``moves`` of the contents of ``ar``.
+
+        While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
+        ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
+        """
+        first: list[Change] = []
+        last: list[Change] = []
+        for piece, old, new in changes(before, self.around(vmas, ar), [ar.start, ar.end]):
+            between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
+            if between != old:
+                first.append(Arm(piece, between))
+            if new != between:
+                last.append(Arm(piece, new))
+        return [*first, *moves, *last]
+
+    def holes_beside_memory(self, vmas: VmaSet) -> list[AddrRange]:
+        """The parts of holes that share a granule with memory, in order."""
+        edges = united(sorted(AddrRange.page_at(a, self.granule) for v in vmas for a in (v.ar.start, v.ar.end - 1)))
+        inside = (edge.intersect(self.bounds) for edge in edges)
+        return [hole for edge in inside if edge is not None for hole in vmas.holes(edge)]
 
 
 def united(ranges: Iterable[AddrRange]) -> list[AddrRange]:

@@ -80,7 +80,7 @@ def vmas(region: Region) -> tuple[Vma, ...]:
         first = bisect_right(ends, vma.ar.start)
         is_paged = first < len(paged) and paged[first].overlaps(vma.ar)
         resident = sum(run.size for run, _ in region.mm.table.runs(vma.ar))
-        told = Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident)
+        told = Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident, faults=vma.count.served)
         found.append(told if vma.source is None else _of_file(told, vma.source, region.mm.dirty(vma.ar)))
     return tuple(found)
 
@@ -112,7 +112,7 @@ def smaps_text(region: Region) -> str:
         ]
         if vma.file is not None:
             lines.append(f"Dirty:          {vma.dirty // 1024:>8} kB\n")
-        lines.append(f"Faults:         {'paged' if vma.paged else 'native':>8}\n")
+        lines.append(f"Faults:         {vma.faults:>8}\nMode:           {'paged' if vma.paged else 'native':>8}\n")
     return "".join(lines)
 
 

@@ -8,8 +8,9 @@ import attrs
 
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import Allow, Answer, Deliver, Fill, Signal, ZeroFill
-from msharefs.page_table import Pte, pte_flags
+from msharefs.page_table import pte_flags
 from msharefs.perms import Access
+from msharefs.vma import Vma
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
@@ -29,9 +30,10 @@ class Fault:
 
 @attrs.frozen
 class Resolution:
-    """What to do about a fault (compare vm_fault_t)."""
+    """What to do about a fault (compare vm_fault_t), and in which VMA it was, if in one."""
 
     effect: Answer
+    vma: Vma | None = attrs.field(default=None, eq=False, repr=False)
 
     @property
     def signal(self) -> Signal | None:
@@ -50,14 +52,14 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if vma is None:
         return Resolution(Deliver(mm.hole_signal, fault.addr))
     if not fault.access.allowed_by(vma.prot):
-        return Resolution(Deliver(Signal.SIGSEGV, fault.addr))
+        return Resolution(Deliver(Signal.SIGSEGV, fault.addr), vma)
     page = AddrRange.page_at(fault.addr)
     if fault.protected:
         mm.stored_to(page)
-        return Resolution(Allow(page))
+        return Resolution(Allow(page), vma)
     source = vma.source_at(page.start)
     if source is not None:
         mm.missed(page)
-        return Resolution(Fill(page, source.file, source.offset))
-    mm.table.set(page.start, Pte(mm.frame_at(page.start), pte_flags(vma.prot)))
-    return Resolution(ZeroFill(page, protected=not Access.WRITE.allowed_by(vma.prot)))
+        return Resolution(Fill(page, source.file, source.offset), vma)
+    mm.table.set_range(page, mm.frame_at(page.start), pte_flags(vma.prot))
+    return Resolution(ZeroFill(page, vma.reports_stores), vma)

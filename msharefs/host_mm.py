@@ -10,35 +10,28 @@ from msharefs.addr import (
     PAGE_SHIFT,
     PAGE_SIZE,
     PMD_SIZE,
-    USER_MAX,
-    USER_MIN,
     Address,
     AddrRange,
     FrameNo,
-    round_down,
-    round_up,
 )
-from msharefs.armings import changes, page_within, united
-from msharefs.effects import Arm, Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
+from msharefs.armings import ArmingRule, united
+from msharefs.effects import Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
 from msharefs.errors import (
     AccessDeniedError,
     ExistsError,
     InvalidArgumentError,
     NoMemoryError,
     NotSupportedError,
-    OffsetTooLargeError,
 )
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.page_table import FRAMES_IN_PMD, PageTable, Pte, PteFlag, pte_flags
-from msharefs.perms import PROT_RW, Prot
+from msharefs.perms import PROT_RW, Advice, Prot
+from msharefs.rules import check_end, check_prot, check_store
 from msharefs.vma import Arming, FileId, FileSource, Vma
 from msharefs.vma_set import VmaSet
 
 MAX_VMAS = 16_000
 """Mappings in a region at most: each may split every process's window several times, 65530 being the kernel's limit."""
-
-MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
-"""Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
 
 
 class HostMm:
@@ -67,9 +60,18 @@ class HostMm:
         self.ar = ar
         self.vmas = VmaSet()
         self.table = PageTable(levels)
-        self.granule = granule
-        self.paging_all = paging_all
+        self.rule = ArmingRule(ar, granule, paging_all=paging_all)
         self.hole_signal = hole_signal
+
+    @property
+    def granule(self) -> int:
+        """What the kernel may install at one fault of native memory, in bytes."""
+        return self.rule.granule
+
+    @property
+    def paging_all(self) -> bool:
+        """Whether each first touch is reported, whatever is mapped."""
+        return self.rule.paging_all
 
     def mmap(
         self,
@@ -88,47 +90,47 @@ class HostMm:
         with it MAP_FIXED. Raises InvalidArgumentError, ExistsError, NoMemoryError (no gap), AccessDeniedError for
         PROT_EXEC and for stores that cannot reach the file, OffsetTooLargeError for a part that no file can have.
         """
-        _check_prot(prot)
-        _check_store(source, prot)
-        _check_end(source, size)
+        check_prot(prot)
+        check_store(source, prot)
+        check_end(source, size)
         self._check_count()
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
-        before = self._armings(self._granules(place))
+        before = self.rule.around(self.vmas, place)
         moves = self.write_back(place)
         if self.vmas.remove(place):
             self.table.clear_range(place)
             moves.append(Punch(place))
         self.vmas.insert(Vma(place, prot, source))
-        return place, self._rearm(place, before, moves)
+        return place, self.rule.rearm(self.vmas, place, before, moves)
 
     def munmap(self, ar: AddrRange) -> list[Change]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
         self._check_range(ar)
         self._check_count()
-        before = self._armings(self._granules(ar))
+        before = self.rule.around(self.vmas, ar)
         moves = [*self.write_back(ar), Punch(ar)]
         self.vmas.remove(ar)
         self.table.clear_range(ar)
-        return self._rearm(ar, before, moves)
+        return self.rule.rearm(self.vmas, ar, before, moves)
 
     def mprotect(self, ar: AddrRange, prot: Prot) -> list[Change]:
         """Change the protection of ``ar`` (compare mm/mprotect.c:do_mprotect_pkey).
 
         Raises NoMemoryError when a part of it is not mapped, AccessDeniedError for PROT_EXEC.
         """
-        _check_prot(prot)
+        check_prot(prot)
         self.check_mapped(ar)
         self._check_count()
         for vma in self.vmas.overlapping(ar):
-            _check_store(vma.source, prot)
-        before = self._armings(self._granules(ar))
+            check_store(vma.source, prot)
+        before = self.rule.around(self.vmas, ar)
         moves = self.write_back(ar) if not prot & Prot.WRITE else []
         for vma in self.vmas.remove(ar):
             moves += _moves_of_contents(vma, prot)
             self.vmas.insert(attrs.evolve(vma, prot=prot))
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
-        return self._rearm(ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
+        return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
 
     def madvise_remove(self, ar: AddrRange) -> list[Change]:
         """Have zeros in ``ar``, for everybody, and its memory back (compare mm/madvise.c:madvise_remove).
@@ -143,6 +145,16 @@ class HostMm:
             raise NotSupportedError("MADV_REMOVE of a file's mapping: punch the file instead")
         self.table.clear_range(ar)
         return [Punch(ar)]
+
+    def madvise_reading(self, ar: AddrRange, advice: Advice) -> None:
+        """How much of a file a fault of ``ar`` reads from now on (compare mm/madvise.c:madvise_vma_behavior).
+
+        RANDOM, SEQUENTIAL, or NORMAL for what past faults suggest. Raises NoMemoryError when a part is not mapped.
+        """
+        self.check_mapped(ar)
+        self._check_count()
+        for vma in self.vmas.remove(ar):
+            self.vmas.insert(attrs.evolve(vma, advice=advice))
 
     def fault(self, fault: Fault) -> Resolution:
         """Decide a fault the kernel reported; see ``msharefs.fault``."""
@@ -167,10 +179,13 @@ class HostMm:
         return united(run for run, pte in self.table.runs(ar) if pte.flags & PteFlag.DIRTY)
 
     def filled(self, ar: AddrRange) -> None:
-        """Enter pages that were filled from their file. Preconditions: the tables hold nothing there."""
-        for vma in self.vmas.overlapping(ar):
-            part = vma.clipped(ar).ar
-            self.table.set_range(part, self.frame_at(part.start), _clean_flags(vma))
+        """Enter pages that were filled from their file.
+
+        Preconditions: they lie in one VMA, and the tables hold nothing there.
+        """
+        vma = self.vmas.find(ar.start)
+        assert vma is not None
+        self.table.set_range(ar, self.frame_at(ar.start), _clean_flags(vma))
 
     def missed(self, page: AddrRange) -> None:
         """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
@@ -193,11 +208,11 @@ class HostMm:
 
     def armings(self) -> Iterator[tuple[AddrRange, Arming]]:
         """What a new attachment must be armed with, in order: ranges that are not native."""
-        return ((ar, arming) for ar, arming in self._armings(self.ar) if arming)
+        return ((ar, arming) for ar, arming in self.rule.over(self.vmas, self.ar) if arming)
 
     def arming_at(self, page: AddrRange) -> Arming:
         """How one page is armed."""
-        return self._armings(page)[0][1]
+        return self.rule.over(self.vmas, page)[0][1]
 
     def sync(self, present: Iterable[AddrRange], *, huge: bool) -> None:
         """Bring the tables up to date with the backing's allocation map: native memory fills without a word.
@@ -220,11 +235,7 @@ class HostMm:
         Whoever writes to that memory through the file, past the page tables, has a whole granule filled, these parts
         included: they are to be punched afterwards.
         """
-        edges = united(
-            sorted(AddrRange.page_at(a, self.granule) for v in self.vmas for a in (v.ar.start, v.ar.end - 1))
-        )
-        inside = (edge.intersect(self.ar) for edge in edges)
-        return [hole for edge in inside if edge is not None for hole in self.vmas.holes(edge)]
+        return self.rule.holes_beside_memory(self.vmas)
 
     def frame_at(self, addr: Address) -> FrameNo:
         """The frame that belongs to ``addr``: frame n is page n of the backing file."""
@@ -255,57 +266,6 @@ class HostMm:
             self.table.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         else:
             self.table.clear_range(ar)
-
-    def _arming(self, vma: Vma | None) -> Arming:
-        """Holes report every touch; with ``paging_all`` so does the rest, once a page."""
-        if vma is None:
-            return Arming.MISSING
-        return vma.arming() | Arming.MISSING if self.paging_all else vma.arming()
-
-    def _armings(self, ar: AddrRange) -> list[tuple[AddrRange, Arming]]:
-        """How ``ar`` is armed, in order and without gaps, equal neighbours as one."""
-        area = self._granules(ar)
-        parts = [(hole, self._arming(None)) for hole in self.vmas.holes(area)]
-        parts += [(vma.clipped(area).ar, self._arming(vma)) for vma in self.vmas.overlapping(area)]
-        parts.sort()
-        paged = united(self._granules(part) for part, arming in parts if arming & Arming.MISSING)
-        merged: list[tuple[AddrRange, Arming]] = []
-        for piece, arming in page_within(parts, paged):
-            inside = piece.intersect(ar)
-            if inside is None:
-                continue
-            if merged and merged[-1][1] == arming:
-                inside = AddrRange(merged.pop()[0].start, inside.end)
-            merged.append((inside, arming))
-        return merged
-
-    def _granules(self, ar: AddrRange) -> AddrRange:
-        """The granules that ``ar`` has a part in, as far as they lie in the region."""
-        start, end = round_down(ar.start, self.granule), round_up(ar.end, self.granule)
-        return AddrRange(max(Address(start), self.ar.start), min(Address(end), self.ar.end))
-
-    def _rearm(
-        self,
-        ar: AddrRange,
-        before: list[tuple[AddrRange, Arming]],
-        moves: list[Change],
-        *,
-        also: Arming = Arming.NATIVE,
-    ) -> list[Change]:
-        """Arm the granules of ``ar`` as they are mapped now, around ``moves`` of the contents of ``ar``.
-
-        While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
-        ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
-        """
-        first: list[Change] = []
-        last: list[Change] = []
-        for piece, old, new in changes(before, self._armings(self._granules(ar)), [ar.start, ar.end]):
-            between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
-            if between != old:
-                first.append(Arm(piece, between))
-            if new != between:
-                last.append(Arm(piece, new))
-        return [*first, *moves, *last]
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:
         """Where a mapping goes (compare mm/mmap.c:get_unmapped_area)."""
@@ -358,36 +318,3 @@ def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
 def _clean_flags(vma: Vma) -> PteFlag:
     """The flags of a page that nobody stored to: the first store to what reaches a file must be seen."""
     return pte_flags(Prot.READ if vma.reaches_file else vma.prot)
-
-
-def _check_store(source: FileSource | None, prot: Prot) -> None:
-    """A store to a shared mapping must be able to reach the file."""
-    if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
-        raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
-
-
-def _check_end(source: FileSource | None, size: int) -> None:
-    """A file ends where the kernel's offsets do (compare mm/mmap.c:file_mmap_ok)."""
-    if source is not None and source.offset + size > MAX_FILE_SIZE:
-        raise OffsetTooLargeError(f"no file has {size} bytes at {source.offset}: it has {MAX_FILE_SIZE} at most")
-
-
-def _check_prot(prot: Prot) -> None:
-    """Regions are data, and protections are known."""
-    if int(prot) & ~int(PROT_RW | Prot.EXEC):
-        raise InvalidArgumentError(f"protection {int(prot):#x} has unknown bits")
-    if prot & Prot.EXEC:
-        raise AccessDeniedError("PROT_EXEC: memory of a region cannot be executed; leave the flag out")
-
-
-def check_user_range(start: int, size: int, align: int) -> AddrRange:
-    """The range a region asks for, or InvalidArgumentError saying which rule it breaks."""
-    if size <= 0:
-        raise InvalidArgumentError(f"length {size}: a region has at least {align} bytes")
-    if start % align or size % align:
-        raise InvalidArgumentError(
-            f"address {start:#x} and length {size:#x} must be multiples of {align:#x} (mshared --align)"
-        )
-    if not USER_MIN <= start < start + size <= USER_MAX:
-        raise InvalidArgumentError(f"{start:#x}+{size:#x} is not within user addresses {USER_MIN:#x}..{USER_MAX:#x}")
-    return AddrRange.sized(start, size)

@@ -22,10 +22,11 @@ from msharefs.errors import (
     NotPermittedError,
     QuotaError,
 )
-from msharefs.host_mm import HostMm, check_user_range
+from msharefs.host_mm import HostMm
 from msharefs.names import check_name
 from msharefs.perms import Credentials, FileAccess, Ownership
 from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
+from msharefs.rules import check_user_range
 from msharefs.units import format_size
 
 STICKY = 0o1000

@@ -96,6 +96,13 @@ class _Leaf:
         self.words = array("Q", bytes(8 * TABLE_ENTRIES))
         self.used = 0
 
+    def put_one(self, index: int, word: int) -> int:
+        """Store one word, which is not 0; how many more are in use now."""
+        more = 0 if self.words[index] else 1
+        self.used += more
+        self.words[index] = word
+        return more
+
     def put(self, first: int, words: array[int]) -> None:
         """Store ``words`` from entry ``first``, recounting what is in use."""
         part = slice(first, first + len(words))
@@ -139,6 +146,9 @@ class PageTable:
         """How many tables exist a level, lowest first."""
         self.pages = 0
         """4 KiB pages installed as such."""
+        self._last_start = -1
+        self._last_leaf = _Leaf()
+        """The leaf table that was looked up last, and where it starts: faults come in crowds."""
         self.huge_pages = 0
         """2 MiB leaves installed."""
 
@@ -154,7 +164,7 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        table: _Directory | _Leaf = self._top
+        table: _Directory | _Leaf = self._last_leaf if addr & -PMD_SIZE == self._last_start else self._top
         while isinstance(table, _Directory):
             below = table.entries.get(_index(addr, table.level))
             if below is None:
@@ -170,19 +180,25 @@ class PageTable:
 
         Preconditions: ``addr`` is a multiple of the page's size, and so is a 2 MiB leaf's frame.
         """
-        huge = pte.is_huge
+        word = pte.pack()
+        huge = word & _HUGE
         if addr % (PMD_SIZE if huge else PAGE_SIZE) or (huge and pte.frame % FRAMES_IN_PMD):
             raise InternalError(f"page of {pte.size} bytes installed at {addr:#x}")
         if huge:
             self.clear_range(AddrRange.sized(addr, PMD_SIZE))
-            self._pmd(addr).entries[_index(addr, 1)] = pte.pack()
+            self._pmd(addr).entries[_index(addr, 1)] = word
             self.huge_pages += 1
         else:
-            self._put(addr, array("Q", [pte.pack()]))
+            leaf = self._leaf(addr)
+            self.pages += leaf.put_one(_index(addr, 0), word)
 
     def set_range(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
         """Install consecutive frames over ``ar`` in 4 KiB pages (2 MiB leaves come by ``set``)."""
         low = (int(flags) | _PRESENT) & ~_HUGE
+        if ar.size == PAGE_SIZE:
+            leaf = self._leaf(ar.start)
+            self.pages += leaf.put_one(_index(ar.start, 0), frame << PAGE_SHIFT | low)
+            return
         for piece in ar.pieces(PMD_SIZE):
             first = frame + (piece.start - ar.start) // PAGE_SIZE
             last = first + piece.size // PAGE_SIZE
@@ -208,6 +224,19 @@ class PageTable:
         A 2 MiB leaf is a run of its own, cut to ``ar``.
         """
         return self._runs(self._top, ar)
+
+    def holes(self, ar: AddrRange) -> list[AddrRange]:
+        """The parts of ``ar`` in which nothing is installed, in order."""
+        if ar.size == PAGE_SIZE:
+            return [] if self.walk(ar.start) else [ar]
+        found, start = [], ar.start
+        for run, _ in self.runs(ar):
+            if start < run.start:
+                found.append(AddrRange(start, run.start))
+            start = run.end
+        if start < ar.end:
+            found.append(AddrRange(start, ar.end))
+        return found
 
     def tables_by_name(self) -> dict[str, int]:
         """How many tables exist, by the name of their level, top first."""
@@ -248,9 +277,13 @@ class PageTable:
 
     def _leaf(self, addr: Address) -> _Leaf:
         """The leaf table for ``addr``, made when it is not there; a 2 MiB leaf is split (compare __split_huge_pmd)."""
+        start = addr & -PMD_SIZE
+        if start == self._last_start:
+            return self._last_leaf
         pmd = self._pmd(addr)
         below = pmd.entries.get(_index(addr, 1))
         if isinstance(below, _Leaf):
+            self._last_start, self._last_leaf = start, below
             return below
         leaf = _Leaf()
         pmd.entries[_index(addr, 1)] = leaf
@@ -287,6 +320,7 @@ class PageTable:
                 self._put(piece.start, array("Q", bytes(8 * (piece.size // PAGE_SIZE))))
                 empty = not below.used
             if empty:
+                self._last_start = -1
                 del table.entries[index]
                 self.tables[below.level] -= 1
 
@@ -311,7 +345,9 @@ class PageTable:
         """``ar`` cut to the entries that ``table`` has, in order; cost follows the entries, not the range."""
         span = _span(table.level)
         base = ar.start & ~(span * TABLE_ENTRIES - 1)
-        for index in sorted(table.entries):
+        wanted = range((ar.start - base) // span, (ar.end - 1 - base) // span + 1)
+        held = table.entries
+        for index in [i for i in wanted if i in held] if len(wanted) < len(held) else sorted(held):
             piece = AddrRange.sized(base + index * span, span).intersect(ar)
             if piece is not None:
                 yield piece

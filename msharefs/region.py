@@ -10,6 +10,7 @@ import attrs
 from msharefs.addr import Address, AddrRange, Offset
 from msharefs.host_mm import HostMm
 from msharefs.perms import Ownership
+from msharefs.vma import Vma
 
 RegionId = NewType("RegionId", int)
 """Number of a region, never given twice by one daemon."""
@@ -66,6 +67,12 @@ class Region:
     def process_count(self) -> int:
         """How many processes are attached; forked children not told apart yet count each."""
         return len(self.pids) + sum(a.pid is None for a in self.attachments.values())
+
+    def count_served(self, vma: Vma | None) -> None:
+        """Note a fault that the daemon has served, and in which VMA."""
+        self.faults += 1
+        if vma is not None:
+            vma.count.served += 1
 
     def to_host(self, attachment: Attachment, addr: Address) -> Address:
         """The host address behind an address in a window (compare find_shared_vma of the series)."""

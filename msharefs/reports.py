@@ -41,7 +41,8 @@ class Vma:
 
     ``shared``: stores reach everybody it shows to, be that the region's processes or the file. ``file`` numbers the
     files of a region, None is anonymous memory; what lies at ``file_offset`` shows at the mapping's start. ``dirty``
-    are the bytes in pages that were stored to and are not in the file yet.
+    are the bytes in pages that were stored to and are not in the file yet. ``faults`` counts those that the daemon has
+    served since the mapping was made; of one that was split, the lower part has them.
     """
 
     offset: int
@@ -53,6 +54,7 @@ class Vma:
     file: int | None = None
     file_offset: int = 0
     dirty: int = 0
+    faults: int = 0
 
 
 @attrs.frozen

@@ -8,7 +8,7 @@ from typing import NewType
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.perms import PROT_RW, Prot
+from msharefs.perms import PROT_RW, Access, Advice, Prot
 
 FileId = NewType("FileId", int)
 """Number of a file that is mapped into a region, never given twice in it."""
@@ -36,16 +36,32 @@ class FileSource:
     writable: bool
 
 
+@attrs.define(eq=False)
+class FaultCount:
+    """How many faults of a VMA the daemon has served. A split leaves them with the lower part; joined, they add up."""
+
+    served: int = 0
+
+
 @attrs.frozen
 class Vma:
     """What was *asked* for ``ar``. What is *installed* there is the page table's business.
 
     Anonymous memory of a region is shared by its processes, whichever of MAP_SHARED and MAP_PRIVATE was asked for.
+    ``advice`` is RANDOM, SEQUENTIAL or NORMAL: what a fault reads of the file (compare VM_RAND_READ, VM_SEQ_READ).
     """
 
     ar: AddrRange
     prot: Prot = PROT_RW
     source: FileSource | None = None
+    advice: Advice = Advice.NORMAL
+    count: FaultCount = attrs.field(factory=FaultCount, eq=False, repr=False)
+    reports_stores: bool = attrs.field(init=False, eq=False, repr=False)
+    """Whether the first store to each page is reported: it is not allowed, or must reach a file."""
+
+    @reports_stores.default
+    def _reports_stores(self) -> bool:
+        return self.reaches_file or not Access.WRITE.allowed_by(self.prot)
 
     @property
     def reaches_file(self) -> bool:
@@ -59,21 +75,24 @@ class Vma:
 
     def split(self, addr: Address) -> tuple[Vma, Vma]:
         """The parts below and from ``addr`` (compare mm/vma.c:split_vma). Preconditions: strictly inside."""
-        return self.clipped(AddrRange(self.ar.start, addr)), self.clipped(AddrRange(addr, self.ar.end))
+        above = attrs.evolve(self.clipped(AddrRange(addr, self.ar.end)), count=FaultCount())
+        return self.clipped(AddrRange(self.ar.start, addr)), above
 
-    def extended(self, end: Address) -> Vma:
-        """This VMA, going on to ``end``."""
-        return attrs.evolve(self, ar=AddrRange(self.ar.start, end))
+    def joined(self, above: Vma) -> Vma:
+        """This VMA and ``above`` as one. Preconditions: they merge."""
+        served = FaultCount(self.count.served + above.count.served)
+        return attrs.evolve(self, ar=AddrRange(self.ar.start, above.ar.end), count=served)
 
     def source_at(self, addr: Address) -> FileSource | None:
         """The file, and what of it lies at ``addr`` (compare vma->vm_pgoff)."""
         if self.source is None:
             return None
-        return attrs.evolve(self.source, offset=self.source.offset + addr - self.ar.start)
+        of = self.source
+        return FileSource(of.file, of.offset + addr - self.ar.start, of.shared, of.writable)
 
     def merges_with(self, above: Vma) -> bool:
         """Whether ``above`` goes on where this ends, in the same way (compare mm/vma.c:can_vma_merge_after)."""
-        if self.ar.end != above.ar.start or self.prot != above.prot:
+        if self.ar.end != above.ar.start or self.prot != above.prot or self.advice != above.advice:
             return False
         return self.source_at(self.ar.end) == above.source
 
@@ -85,5 +104,5 @@ class Vma:
         """
         if not self.prot & PROT_RW:
             return Arming.MISSING
-        protected = not self.prot & Prot.WRITE or self.reaches_file
-        return (Arming.WP if protected else Arming.NATIVE) | (Arming.MISSING if self.source else Arming.NATIVE)
+        protected = Arming.WP if self.reports_stores else Arming.NATIVE
+        return protected | (Arming.MISSING if self.source else Arming.NATIVE)

@@ -16,6 +16,8 @@ class VmaSet:
 
     def __init__(self) -> None:
         self._by_start: SortedDict[Address, Vma] = SortedDict()
+        self._found: Vma | None = None
+        """What ``find`` came upon last: faults come in crowds (compare the vmacache of kernels before 6.1)."""
 
     def __iter__(self) -> Iterator[Vma]:
         """All VMAs, by address."""
@@ -27,11 +29,17 @@ class VmaSet:
 
     def find(self, addr: Address) -> Vma | None:
         """The VMA that holds ``addr`` (compare mm/mmap.c:vma_lookup), or None in a hole."""
+        found = self._found
+        if found is not None and addr in found.ar:
+            return found
         below = self._by_start.bisect_right(addr) - 1
         if below < 0:
             return None
         vma = self._by_start.peekitem(below)[1]
-        return vma if addr in vma.ar else None
+        if addr not in vma.ar:
+            return None
+        self._found = vma
+        return vma
 
     def overlapping(self, ar: AddrRange) -> list[Vma]:
         """The VMAs with an address in ``ar``, whole, in order (compare for_each_vma_range)."""
@@ -66,17 +74,19 @@ class VmaSet:
         below = self.find(Address(vma.ar.start - 1)) if vma.ar.start else None
         if below is not None and below.merges_with(vma):
             del self._by_start[below.ar.start]
-            vma = below.extended(vma.ar.end)
+            vma = below.joined(vma)
         above = self._by_start.get(vma.ar.end)
         if above is not None and vma.merges_with(above):
             del self._by_start[above.ar.start]
-            vma = vma.extended(above.ar.end)
+            vma = vma.joined(above)
         self._by_start[vma.ar.start] = vma
+        self._found = None
 
     def remove(self, ar: AddrRange) -> list[Vma]:
         """Take ``ar`` out, splitting what sticks out; the pieces taken, in order (compare do_vmi_munmap)."""
         taken = []
         for vma in self.overlapping(ar):
+            self._found = None
             del self._by_start[vma.ar.start]
             if vma.ar.start < ar.start:
                 kept, vma = vma.split(ar.start)

@@ -155,19 +155,21 @@ def test_maps_says_which_file_shows_and_from_where_on() -> None:
 
 
 def test_smaps_counts_what_is_not_in_the_file_yet() -> None:
-    assert dump.smaps_text(region_of_files()).split("\n", 5)[5] == (
+    assert dump.smaps_text(region_of_files()).split("\n", 6)[6] == (
         "200000004000-200000008000 rw-s 000000010000 [file 3]\n"
         "Size:                 16 kB\n"
         "Resident:             12 kB\n"
         "HugeLeaves:            0 kB\n"
         "Dirty:                 8 kB\n"
-        "Faults:            paged\n"
+        "Faults:                0\n"
+        "Mode:              paged\n"
         "200000008000-20000000c000 r--p 000000000000 [file 4]\n"
         "Size:                 16 kB\n"
         "Resident:              4 kB\n"
         "HugeLeaves:            0 kB\n"
         "Dirty:                 0 kB\n"
-        "Faults:            paged\n"
+        "Faults:                0\n"
+        "Mode:              paged\n"
     )
 
 
@@ -177,17 +179,20 @@ def test_smaps_has_sizes_below_each_line() -> None:
         "Size:               4096 kB\n"
         "Resident:           2056 kB\n"
         "HugeLeaves:         2048 kB\n"
-        "Faults:           native\n"
+        "Faults:                0\n"
+        "Mode:             native\n"
         "200000400000-200000406000 r--s 000000400000 [anon]\n"
         "Size:                 24 kB\n"
         "Resident:              4 kB\n"
         "HugeLeaves:            0 kB\n"
-        "Faults:           native\n"
+        "Faults:                0\n"
+        "Mode:             native\n"
         "200000406000-200000410000 ---s 000000406000 [anon]\n"
         "Size:                 40 kB\n"
         "Resident:              0 kB\n"
         "HugeLeaves:            0 kB\n"
-        "Faults:            paged\n"
+        "Faults:                0\n"
+        "Mode:              paged\n"
     )
 
 

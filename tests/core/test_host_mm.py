@@ -10,10 +10,11 @@ from msharefs.addr import PAGE_SIZE, PMD_SIZE, USER_MAX, USER_MIN, AddrRange, Fr
 from msharefs.effects import Arm, Effect, Punch, Signal, Stash, Unstash
 from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError, MshareError, NoMemoryError
 from msharefs.fault import Fault
-from msharefs.host_mm import HostMm, check_user_range
+from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
 from msharefs.page_table import PteFlag
-from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.perms import PROT_RW, Access, Advice, Prot
+from msharefs.rules import check_user_range
 from msharefs.vma import Arming, Vma
 
 BASE = 32 << 40
@@ -478,3 +479,31 @@ class TestCheckUserRange:
     def test_the_first_and_the_last_user_page_are_allowed(self) -> None:
         assert check_user_range(USER_MIN, PAGE_SIZE, PAGE_SIZE).start == USER_MIN
         assert check_user_range(USER_MAX - PAGE_SIZE, PAGE_SIZE, PAGE_SIZE).end == USER_MAX
+
+
+class TestAdviceOnReading:
+    """RANDOM, SEQUENTIAL and NORMAL: properties of a VMA."""
+
+    def test_it_splits_what_is_advised_in_part_and_merges_it_again(self) -> None:
+        mm = mm_with((0, 8, PROT_RW))
+        mm.madvise_reading(pages(2, 4), Advice.RANDOM)
+        assert [(vma.ar, vma.advice) for vma in mm.vmas] == [
+            (pages(0, 2), Advice.NORMAL),
+            (pages(2, 4), Advice.RANDOM),
+            (pages(4, 8), Advice.NORMAL),
+        ]
+        mm.madvise_reading(pages(0, 8), Advice.NORMAL)
+        assert [vma.ar for vma in mm.vmas] == [pages(0, 8)]
+        check_mm(mm)
+
+    def test_it_stays_when_the_protection_changes(self) -> None:
+        mm = mm_with((0, 8, PROT_RW))
+        mm.madvise_reading(pages(0, 8), Advice.SEQUENTIAL)
+        mm.mprotect(pages(0, 8), Prot.READ)
+        assert [vma.advice for vma in mm.vmas] == [Advice.SEQUENTIAL]
+
+    def test_of_a_hole_it_is_refused_and_changes_nothing(self) -> None:
+        mm = mm_with((0, 2, PROT_RW))
+        with pytest.raises(NoMemoryError):
+            mm.madvise_reading(pages(1, 4), Advice.RANDOM)
+        assert [(vma.ar, vma.advice) for vma in mm.vmas] == [(pages(0, 2), Advice.NORMAL)]

@@ -12,10 +12,11 @@ from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.effects import Allow, Arm, Effect, Fill, Protect, Punch, Stash, Unstash, WriteBack
 from msharefs.errors import AccessDeniedError, NoMemoryError, NotSupportedError, OffsetTooLargeError
 from msharefs.fault import Fault
-from msharefs.host_mm import MAX_FILE_SIZE, HostMm
+from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
 from msharefs.page_table import PteFlag
 from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.rules import MAX_FILE_SIZE
 from msharefs.vma import Arming, FileId, FileSource
 
 BASE = 32 << 40

@@ -377,3 +377,12 @@ def test_any_sequence_agrees_with_a_dict_of_pages(steps: list[tuple[str, int, in
     assert table.resident == len(naive) * PAGE_SIZE
     for level in range(1, levels - 1):
         assert table.tables[level] == len({at(page) >> (12 + 9 * (level + 1)) for page in naive})
+
+
+def test_holes_are_what_is_not_installed() -> None:
+    table = PageTable()
+    table.set_range(pages(2, 4), FrameNo(2), RW)
+    table.set_range(pages(6, 7), FrameNo(6), RW)
+    assert table.holes(pages(0, 8)) == [pages(0, 2), pages(4, 6), pages(7, 8)]
+    assert table.holes(pages(2, 4)) == []
+    assert (table.holes(pages(6, 7)), table.holes(pages(7, 8))) == ([], [pages(7, 8)])

@@ -33,7 +33,7 @@ def test_split_parts_merge_again() -> None:
     whole = Vma(pages(2, 8), Prot.READ)
     below, above = whole.split(Address(5 * PAGE_SIZE))
     assert below.merges_with(above)
-    assert below.extended(above.ar.end) == whole
+    assert below.joined(above) == whole
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_cut_off_a_file_shows_what_it_showed() -> None:
     assert (below.source, above.source) == (at(7), at(10))
     assert whole.clipped(pages(4, 20)) == Vma(pages(4, 8), source=at(9))
     assert below.merges_with(above)
-    assert below.extended(above.ar.end) == whole
+    assert below.joined(above) == whole
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,12 @@ def test_of_a_file_each_first_touch_is_seen_and_of_a_shared_one_each_first_store
 
 def test_memory_reaches_no_file() -> None:
     assert not Vma(pages(0, 1)).reaches_file
+
+
+def test_a_split_leaves_the_faults_counted_with_the_lower_part_and_joined_they_add_up() -> None:
+    whole = Vma(pages(4, 8))
+    whole.count.served = 3
+    below, above = whole.split(Address(5 * PAGE_SIZE))
+    assert (below.count.served, above.count.served) == (3, 0)
+    above.count.served += 2
+    assert below.joined(above).count.served == 5

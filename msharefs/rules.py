@@ -1,0 +1,46 @@
+"""What may be asked of a host mm at all: rules that look at the request alone."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msharefs.addr import PAGE_SIZE, USER_MAX, USER_MIN, AddrRange
+from msharefs.errors import AccessDeniedError, InvalidArgumentError, OffsetTooLargeError
+from msharefs.perms import PROT_RW, Prot
+from msharefs.vma import FileSource
+
+MAX_FILE_SIZE: Final = (1 << 63) - PAGE_SIZE
+"""Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
+
+
+def check_store(source: FileSource | None, prot: Prot) -> None:
+    """A store to a shared mapping must be able to reach the file."""
+    if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
+        raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
+
+
+def check_end(source: FileSource | None, size: int) -> None:
+    """A file ends where the kernel's offsets do (compare mm/mmap.c:file_mmap_ok)."""
+    if source is not None and source.offset + size > MAX_FILE_SIZE:
+        raise OffsetTooLargeError(f"no file has {size} bytes at {source.offset}: it has {MAX_FILE_SIZE} at most")
+
+
+def check_prot(prot: Prot) -> None:
+    """Regions are data, and protections are known."""
+    if int(prot) & ~int(PROT_RW | Prot.EXEC):
+        raise InvalidArgumentError(f"protection {int(prot):#x} has unknown bits")
+    if prot & Prot.EXEC:
+        raise AccessDeniedError("PROT_EXEC: memory of a region cannot be executed; leave the flag out")
+
+
+def check_user_range(start: int, size: int, align: int) -> AddrRange:
+    """The range a region asks for, or InvalidArgumentError saying which rule it breaks."""
+    if size <= 0:
+        raise InvalidArgumentError(f"length {size}: a region has at least {align} bytes")
+    if start % align or size % align:
+        raise InvalidArgumentError(
+            f"address {start:#x} and length {size:#x} must be multiples of {align:#x} (mshared --align)"
+        )
+    if not USER_MIN <= start < start + size <= USER_MAX:
+        raise InvalidArgumentError(f"{start:#x}+{size:#x} is not within user addresses {USER_MIN:#x}..{USER_MAX:#x}")
+    return AddrRange.sized(start, size)
