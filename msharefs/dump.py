@@ -20,11 +20,13 @@ from msharefs.vma import Vma as HostVma
 class KernelFacts:
     """What only the kernel knows of a region, read by the daemon when it is asked. All in bytes.
 
-    ``page_tables`` is the sum of VmPTE of the attached processes.
+    ``page_tables`` is the sum of VmPTE of the attached processes, ``page_tables_growth`` that of the machine's
+    PageTables since the region was made, ``huge`` what one process has mapped by 2 MiB entries.
     """
 
     resident: int = 0
     page_tables: int = 0
+    page_tables_growth: int = 0
     huge: int = 0
     notes: tuple[str, ...] = ()
 
@@ -46,9 +48,7 @@ def region_name(region: Region) -> RegionName:
 def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
     """Everything ``stat`` tells. Preconditions: the tables were brought up to date."""
     tables = region.mm.table
-    notes = facts.notes
-    if region.backing is not BackingKind.HUGETLB:
-        notes += (f"page tables are per process: the kernel does not share those of {region.backing} memory",)
+    notes = (*facts.notes, sharing(region), *_hugeness(region, facts))
     return RegionStat(
         name=region.name or "",
         address=region.ar.start,
@@ -65,10 +65,30 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         table_bytes_private=tables.table_bytes * region.process_count,
         table_bytes_shared=tables.table_bytes,
         table_bytes_kernel=facts.page_tables,
-        tables_shared=False,
+        table_bytes_growth=facts.page_tables_growth,
+        tables_shared=region.tables_shared,
         huge_bytes=facts.huge,
         notes=notes,
     )
+
+
+def sharing(region: Region) -> str:
+    """Whether the kernel shares page tables of a region between processes, and if not, why."""
+    if region.unshared is not None:
+        return f"page tables are per process since {region.unshared.since}: {region.unshared.why}"
+    if not region.tables_shared:
+        return f"page tables are per process: the kernel does not share those of {region.backing} memory"
+    readers = sum(attachment.readonly for attachment in region.attachments.values())
+    return "page tables are shared by the kernel" + (f", but not with {readers} read-only windows" if readers else "")
+
+
+def _hugeness(region: Region, facts: KernelFacts) -> tuple[str, ...]:
+    """A note where less is mapped by 2 MiB entries than could be."""
+    possible = facts.resident // PMD_SIZE * PMD_SIZE
+    if region.backing is not BackingKind.THP or not region.attachments or facts.huge >= possible:
+        return ()
+    told = f"{format_size(facts.huge)} of {format_size(facts.resident)} are mapped by 2 MiB entries"
+    return (f"{told}: small pages, or pages not touched yet; madvise(COLLAPSE) makes large ones",)
 
 
 def vmas(region: Region) -> tuple[Vma, ...]:
@@ -116,8 +136,8 @@ def smaps_text(region: Region) -> str:
     return "".join(lines)
 
 
-def pagetables_text(region: Region) -> str:
-    """Tables by level, then what they cost with and without sharing, in kB."""
+def pagetables_text(region: Region, stat: RegionStat) -> str:
+    """Tables by level, then what they cost with and without sharing, in kB, and what the kernel uses."""
     tables, count = region.mm.table, region.process_count
     lines = [f"{'level':<6} {'tables':>8} {'bytes an entry':>15}\n"]
     for level in reversed(range(tables.levels)):
@@ -128,7 +148,9 @@ def pagetables_text(region: Region) -> str:
         f"leaves {tables.huge_pages} of {PMD_SIZE // 1024} kB\n",
         f"one set {tables.table_bytes // 1024} kB\n",
         f"a set for each of {count} processes {count * tables.table_bytes // 1024} kB\n",
-        f"shared by the kernel: no ({region.backing} tables are per process)\n",
+        f"VmPTE of these processes {stat.table_bytes_kernel // 1024} kB\n",
+        f"growth of PageTables since the region was made {stat.table_bytes_growth // 1024} kB\n",
+        f"shared by the kernel: {'yes' if region.tables_shared else 'no'} ({sharing(region)})\n",
     ]
     return "".join(lines)
 

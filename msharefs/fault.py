@@ -53,7 +53,7 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         return Resolution(Deliver(mm.hole_signal, fault.addr))
     if not fault.access.allowed_by(vma.prot):
         return Resolution(Deliver(Signal.SIGSEGV, fault.addr), vma)
-    page = AddrRange.page_at(fault.addr)
+    page = AddrRange.page_at(fault.addr, mm.page)
     if fault.protected:
         mm.stored_to(page)
         return Resolution(Allow(page), vma)
@@ -61,5 +61,5 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if source is not None:
         mm.missed(page)
         return Resolution(Fill(page, source.file, source.offset), vma)
-    mm.table.set_range(page, mm.frame_at(page.start), pte_flags(vma.prot))
+    mm.enter(page, pte_flags(vma.prot))
     return Resolution(ZeroFill(page, vma.reports_stores), vma)

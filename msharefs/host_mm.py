@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
@@ -43,7 +43,8 @@ class HostMm:
 
     ``granule`` is what the kernel may install at one fault of native memory: 2 MiB where the backing has huge pages. A
     granule that holds anything the daemon must see is paged as a whole: else a native fault beside a hole would fill
-    the hole too.
+    the hole too. ``page`` is the size of all pages: 4 KiB, or the 2 MiB of hugetlb memory, whose granule is the GiB
+    that one shared table maps (a range armed for itself would split it, and the kernel shares whole tables only).
     """
 
     def __init__(
@@ -51,13 +52,15 @@ class HostMm:
         ar: AddrRange,
         *,
         levels: int = 4,
+        page: int = PAGE_SIZE,
         granule: int = PAGE_SIZE,
         paging_all: bool = False,
         hole_signal: Signal = Signal.SIGBUS,
     ) -> None:
-        if not ar.is_aligned(PAGE_SIZE):
+        if not ar.is_aligned(page):
             raise InvalidArgumentError(f"{ar} is not made of whole pages")
         self.ar = ar
+        self.page = page
         self.vmas = VmaSet()
         self.table = PageTable(levels)
         self.rule = ArmingRule(ar, granule, paging_all=paging_all)
@@ -83,18 +86,22 @@ class HostMm:
         replace: bool = False,
         align: int = PAGE_SIZE,
         source: FileSource | None = None,
+        reserve: Callable[[AddrRange], None] | None = None,
     ) -> tuple[AddrRange, list[Change]]:
         """Map anonymous memory, or a file; the range and the effects (compare mm/mmap.c:do_mmap).
 
         ``ar`` None, or taken and not ``fixed``: the lowest gap. ``fixed`` without ``replace`` is MAP_FIXED_NOREPLACE,
-        with it MAP_FIXED. Raises InvalidArgumentError, ExistsError, NoMemoryError (no gap), AccessDeniedError for
-        PROT_EXEC and for stores that cannot reach the file, OffsetTooLargeError for a part that no file can have.
+        with it MAP_FIXED. ``reserve`` is asked for the memory before anything changes. Raises InvalidArgumentError,
+        ExistsError, NoMemoryError (no gap), AccessDeniedError for PROT_EXEC and for stores that cannot reach the file,
+        OffsetTooLargeError for a part that no file can have.
         """
         check_prot(prot)
         check_store(source, prot)
         check_end(source, size)
         self._check_count()
         place = self._place(ar, size, fixed=fixed, replace=replace, align=align)
+        if reserve is not None:
+            reserve(place)
         before = self.rule.around(self.vmas, place)
         moves = self.write_back(place)
         if self.vmas.remove(place):
@@ -185,7 +192,7 @@ class HostMm:
         """
         vma = self.vmas.find(ar.start)
         assert vma is not None
-        self.table.set_range(ar, self.frame_at(ar.start), _clean_flags(vma))
+        self.enter(ar, _clean_flags(vma))
 
     def missed(self, page: AddrRange) -> None:
         """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
@@ -200,7 +207,15 @@ class HostMm:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
         vma = self.vmas.find(page.start)
         if vma is not None and vma.reaches_file:
-            self.table.set_range(page, self.frame_at(page.start), pte_flags(vma.prot) | PteFlag.DIRTY)
+            self.enter(page, pte_flags(vma.prot) | PteFlag.DIRTY)
+
+    def enter(self, ar: AddrRange, flags: PteFlag) -> None:
+        """Install pages over ``ar``, in place of what is there. Preconditions: it is made of whole pages."""
+        if self.page == PAGE_SIZE:
+            self.table.set_range(ar, self.frame_at(ar.start), flags)
+            return
+        for page in ar.pieces(PMD_SIZE):
+            self.table.set(page.start, Pte(self.frame_at(page.start), flags | PteFlag.HUGE))
 
     def files(self) -> set[FileId]:
         """The files that are mapped somewhere."""
@@ -227,7 +242,7 @@ class HostMm:
             if inside is not None:
                 self._install(inside, huge=huge)
         for run in dirty:
-            self.table.set_range(run, self.frame_at(run.start), pte_flags(PROT_RW) | PteFlag.DIRTY)
+            self.enter(run, pte_flags(PROT_RW) | PteFlag.DIRTY)
 
     def shared_granule_holes(self) -> list[AddrRange]:
         """The parts of holes that share a granule with memory, in order.
@@ -269,8 +284,8 @@ class HostMm:
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:
         """Where a mapping goes (compare mm/mmap.c:get_unmapped_area)."""
-        if size <= 0 or size % PAGE_SIZE:
-            raise InvalidArgumentError(f"length {size} is not a positive multiple of {PAGE_SIZE}")
+        if size <= 0 or size % self.page:
+            raise InvalidArgumentError(f"length {size} is not a positive multiple of {self.page}")
         if ar is not None:
             self._check_range(ar)
             taken = bool(self.vmas.overlapping(ar))
@@ -296,8 +311,8 @@ class HostMm:
 
     def _check_range(self, ar: AddrRange) -> None:
         """Only whole pages of the region."""
-        if not ar.is_aligned(PAGE_SIZE):
-            raise InvalidArgumentError(f"{ar} is not made of whole pages of {PAGE_SIZE} bytes")
+        if not ar.is_aligned(self.page):
+            raise InvalidArgumentError(f"{ar} is not made of whole pages of {self.page} bytes")
         if not self.ar.covers(ar):
             raise InvalidArgumentError(f"{ar} is not inside the region {self.ar}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, AddrRange
+from msharefs.addr import PAGE_SHIFT, PMD_SIZE, AddrRange
 from msharefs.errors import InternalError
 from msharefs.host_mm import HostMm
 from msharefs.page_table import FRAMES_IN_PMD, Pte, PteFlag
@@ -25,7 +25,7 @@ def check_mm(mm: HostMm) -> None:
 def _check_vmas(mm: HostMm) -> None:
     below = None
     for vma in mm.vmas:
-        if not vma.ar.is_aligned(PAGE_SIZE) or not mm.ar.covers(vma.ar):
+        if not vma.ar.is_aligned(mm.page) or not mm.ar.covers(vma.ar):
             raise InternalError(f"VMA {vma.ar} is not made of pages of {mm.ar}")
         if below is not None and below.ar.end > vma.ar.start:
             raise InternalError(f"VMAs {below.ar} and {vma.ar} overlap")
@@ -45,6 +45,8 @@ def _check_pages(mm: HostMm) -> None:
     inside = 0
     for run, pte in mm.table.runs(mm.ar):
         inside += run.size
+        if mm.page == PMD_SIZE and not pte.is_huge:
+            raise InternalError(f"pages {run} are small, in a region of 2 MiB pages")
         if mm.vmas.holes(run):
             raise InternalError(f"pages {run} lie in a hole")
         if pte.frame != (run.start - mm.ar.start) >> PAGE_SHIFT:

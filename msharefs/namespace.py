@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from msharefs.addr import PAGE_SIZE, PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, Address, AddrRange, round_up
+from msharefs.addr import PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, Address, AddrRange, round_up
 from msharefs.effects import Signal
 from msharefs.errors import (
     AccessDeniedError,
@@ -105,12 +105,19 @@ class Namespace:
             raise AccessDeniedError("creating a region needs write permission on the mount's root (mshared --mode)")
         if mode & ~0o777:
             raise InvalidArgumentError(f"mode {mode:#o} has bits other than the nine of rwxrwxrwx")
-        ar = check_user_range(WINDOW_START if addr is None else addr, size, self.policy.align)
+        align = max(self.policy.align, backing.align)
+        why = "mshared --align" if align == self.policy.align else f"backing {backing}"
+        ar = check_user_range(WINDOW_START if addr is None else addr, size, align, why)
         self._check_limits(size, who)
         if addr is None:
             ar = self._free_range(size)
-        granule = PAGE_SIZE if backing is BackingKind.SMALL else PMD_SIZE
-        mm = HostMm(ar, granule=granule, paging_all=self.policy.paging_all, hole_signal=self.policy.hole_signal)
+        mm = HostMm(
+            ar,
+            page=backing.page,
+            granule=backing.granule,
+            paging_all=self.policy.paging_all,
+            hole_signal=self.policy.hole_signal,
+        )
         if not empty:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)
@@ -214,7 +221,7 @@ def check_window(region: Region, addr: int) -> AddrRange:
     """The window of ``region`` at ``addr``, which need not be the region's own address."""
     if addr == region.ar.start:
         return region.ar
-    return check_user_range(addr, region.ar.size, PMD_SIZE)
+    return check_user_range(addr, region.ar.size, region.backing.align, f"backing {region.backing}")
 
 
 def _check_limit(error: type[NoSpaceError | QuotaError], what: str, limit: int | None, wanted: int) -> None:

@@ -17,9 +17,43 @@ from typing import Any, Final, get_args, get_origin
 import attrs
 import cattrs
 from cattrs.errors import BaseValidationError
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from msharefs.errors import ProtocolError
+from msharefs.messages import Abort as Abort
+from msharefs.messages import Adopt as Adopt
+from msharefs.messages import Attach as Attach
+from msharefs.messages import Attached as Attached
+from msharefs.messages import Attaching as Attaching
+from msharefs.messages import Changing as Changing
+from msharefs.messages import Create as Create
+from msharefs.messages import Detach as Detach
+from msharefs.messages import DonatedFile as DonatedFile
+from msharefs.messages import DonatedRange as DonatedRange
+from msharefs.messages import Done as Done
+from msharefs.messages import Exists as Exists
+from msharefs.messages import Failed as Failed
+from msharefs.messages import GetList as GetList
+from msharefs.messages import GetMaps as GetMaps
+from msharefs.messages import GetStat as GetStat
+from msharefs.messages import Hello as Hello
+from msharefs.messages import Listing as Listing
+from msharefs.messages import Madvise as Madvise
+from msharefs.messages import Mapped as Mapped
+from msharefs.messages import Maps as Maps
+from msharefs.messages import Message as Message
+from msharefs.messages import Mmap as Mmap
+from msharefs.messages import Mprotect as Mprotect
+from msharefs.messages import Msync as Msync
+from msharefs.messages import Munmap as Munmap
+from msharefs.messages import Offer as Offer
+from msharefs.messages import Placed as Placed
+from msharefs.messages import Remove as Remove
+from msharefs.messages import Reply as Reply
+from msharefs.messages import Request as Request
+from msharefs.messages import Settled as Settled
+from msharefs.messages import Unlink as Unlink
+from msharefs.messages import Welcome as Welcome
 from msharefs.reports import RegionName as RegionName
 from msharefs.reports import RegionStat as RegionStat
 from msharefs.reports import Vma as Vma
@@ -28,267 +62,20 @@ MAGIC: Final = b"MSHR"
 VERSION: Final = 1
 MAX_PACKET: Final = 64 << 10
 MAX_DESCRIPTORS: Final = 4
+MAX_DONATED_FILES: Final = 16
+"""Descriptors that one packet to the daemon may bring."""
 ANCHOR_PAGES: Final = 1024
 """Pages of address space, not of memory, that a client sets aside beside each window."""
 _ROOM_FOR_THE_REST: Final = 256  # Bytes of a packet beside the items of a list.
 HEADER: Final = struct.Struct("<4sHH")
 _SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
-
-@attrs.frozen
-class Hello:
-    """Client: the first message. ``client`` says who speaks, for the log."""
-
-    client: str
-
-
-@attrs.frozen
-class Welcome:
-    """Daemon: go on. Without ``fork_events`` a forked child must adopt its windows before it touches them."""
-
-    server: str
-    mount: str
-    fork_events: bool
-
-
-@attrs.frozen
-class DonatedRange:
-    """A mapping of the donor inside the range: offset and length in bytes, protection as PROT_*."""
-
-    offset: int
-    length: int
-    prot: int
-
-
-@attrs.frozen
-class Create:
-    """Client: make a region. ``mode`` is what umask left; with ``donated`` the rest of the range is a hole.
-
-    ``readonly``: the creator itself wants a window that cannot write.
-    """
-
-    name: str
-    addr: int | None
-    size: int
-    mode: int
-    exclusive: bool
-    empty: bool
-    readonly: bool = False
-    backing: str | None = None
-    donated: tuple[DonatedRange, ...] = ()
-
-
-@attrs.frozen
-class Attach:
-    """Client: open a region; one descriptor, the opened file of the mount. 0 and None take the region's own."""
-
-    addr: int | None
-    length: int
-
-
-@attrs.frozen
-class Exists:
-    """Daemon: there is such a region already; attach to it."""
-
-
-@attrs.frozen
-class Offer:
-    """Daemon: map this. Descriptors: the backing file and, with ``device``, /dev/userfaultfd.
-
-    Without ``device`` the client makes its userfaultfd by the system call, for user mode only. ``inode`` is that of the
-    region's file.
-    """
-
-    offer: int
-    inode: int
-    addr: int
-    size: int
-    readonly: bool
-    device: bool
-
-
-@attrs.frozen
-class Mapped:
-    """Client: the window stands at ``addr``. Descriptors: its userfaultfd, and perhaps a second one.
-
-    The second is for pages that a system call must not store to: it answers by itself, with SIGBUS or EFAULT.
-
-    ``anchor`` is the address of ANCHOR_PAGES pages of private anonymous memory that nobody touches (PROT_NONE): the
-    daemon registers the first with the userfaultfd, so that every fork is reported, and others to tell children apart.
-    """
-
-    offer: int
-    addr: int
-    anchor: int
-
-
-@attrs.frozen
-class Abort:
-    """Client: the window could not be mapped; forget the offer."""
-
-    offer: int
-
-
-@attrs.frozen
-class Attached:
-    """Daemon: armed, and counted as a reference."""
-
-    attachment: int
-
-
-@attrs.frozen
-class Adopt:
-    """Client: a forked child asks for the attachment it inherited from its parent's ``attachment``.
-
-    Where the kernel reports no forks, one descriptor: a userfaultfd of the child's own, made as for ``mapped``.
-    """
-
-    attachment: int
-
-
-@attrs.frozen
-class Detach:
-    """Client: the window is gone."""
-
-    attachment: int
-
-
-@attrs.frozen
-class Unlink:
-    """Client: end my access; the last one ends the region. One descriptor: the opened file, where it may be opened."""
-
-    name: str
-
-
-@attrs.frozen
-class Remove:
-    """Client: take the name away at once."""
-
-    name: str
-
-
-@attrs.frozen
-class GetStat:
-    """Client: tell about a region; by attachment, or by one descriptor of the opened file."""
-
-    attachment: int | None = None
-
-
-@attrs.frozen
-class GetMaps:
-    """Client: list the VMAs; by attachment, or by one descriptor of the opened file. ``after``: from that offset on."""
-
-    attachment: int | None = None
-    after: int | None = None
-
-
-@attrs.frozen
-class Mmap:
-    """Client: map memory inside the region; protection and flags as in mmap(2), ``offset`` None for any gap.
-
-    Without MAP_ANONYMOUS one descriptor, the opened file, which is shown from ``file_offset`` on.
-    """
-
-    attachment: int
-    offset: int | None
-    length: int
-    prot: int
-    flags: int
-    file_offset: int = 0
-
-
-@attrs.frozen
-class Placed:
-    """Daemon: mapped, at this offset, in every process."""
-
-    offset: int
-
-
-@attrs.frozen
-class Munmap:
-    """Client: unmap a range inside the region, for everybody."""
-
-    attachment: int
-    offset: int
-    length: int
-
-
-@attrs.frozen
-class Mprotect:
-    """Client: change the protection of a range inside the region, for everybody; as in mprotect(2)."""
-
-    attachment: int
-    offset: int
-    length: int
-    prot: int
-
-
-@attrs.frozen
-class Madvise:
-    """Client: advice about a range inside the region (madvise(2)); what one process may do alone it does itself."""
-
-    attachment: int
-    offset: int
-    length: int
-    advice: int
-
-
-@attrs.frozen
-class Msync:
-    """Client: have what was stored to shared files in a range reach them. ``length`` None: all from ``offset`` on."""
-
-    attachment: int
-    offset: int
-    length: int | None
-
-
-@attrs.frozen
-class GetList:
-    """Client: list the regions of the mount. ``after``: those whose names come later."""
-
-    after: str | None = None
-
-
-@attrs.frozen
-class Done:
-    """Daemon: it is done."""
-
-
-@attrs.frozen
-class Failed:
-    """Daemon: it is not done, and nothing has changed. ``errno`` as the kernel's own call would give."""
-
-    errno: int
-    message: str
-
-
-@attrs.frozen
-class Maps:
-    """Daemon: the VMAs of a region, by offset; ``more`` when not all fit into a packet."""
-
-    vmas: tuple[Vma, ...]
-    more: bool = False
-
-
-@attrs.frozen
-class Listing:
-    """Daemon: the regions of the mount, by name; ``more`` when not all fit into a packet."""
-
-    regions: tuple[RegionName, ...]
-    more: bool = False
-
-
-Attaching = Hello | Create | Attach | Mapped | Abort | Adopt | Detach | Unlink | Remove
-Changing = Mmap | Munmap | Mprotect | Madvise | Msync
-Request = Attaching | Changing | GetStat | GetMaps | GetList
-Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
-Message = Request | Reply
-
 _OPS: Final[dict[str, type[Any]]] = {
     "hello": Hello,
     "create": Create,
     "attach": Attach,
     "mapped": Mapped,
+    "settled": Settled,
     "abort": Abort,
     "adopt": Adopt,
     "detach": Detach,
@@ -343,6 +130,9 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(
         attrs.has, lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
     )
+    # Of these there may be more than a thousand in a packet.
+    short = make_dict_unstructure_fn(DonatedRange, converter, _cattrs_omit_if_default=True)
+    converter.register_unstructure_hook(DonatedRange, short)
     return converter
 
 

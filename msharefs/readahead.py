@@ -31,16 +31,17 @@ class Readahead:
         """
         if vma.advice is Advice.RANDOM:
             return page, None
-        size = self._size_from(page, vma.advice)
-        whole = AddrRange.sized(page.start, size) if size > PIECE else AddrRange.page_at(page.start, PIECE)
+        in_order = vma.advice is Advice.SEQUENTIAL or page.start == self.end
+        size = self._size(page.size, vma.advice, in_order=in_order)
+        whole = AddrRange.sized(page.start, size) if in_order else AddrRange.page_at(page.start, size)
         piece = whole.intersect(vma.ar) or page
-        ahead = AddrRange.sized(piece.end, size).intersect(vma.ar) if size > PIECE else None
+        ahead = AddrRange.sized(piece.end, size).intersect(vma.ar) if in_order else None
         # A fault that was on its way while its page came says nothing of the order.
         if not self.end - 2 * self.size <= page.start < self.end:
             self.end, self.size = (ahead or piece).end, size
         return piece, ahead
 
-    def _size_from(self, page: AddrRange, advice: Advice) -> int:
+    def _size(self, page: int, advice: Advice, *, in_order: bool) -> int:
         if advice is Advice.SEQUENTIAL:
             return MOST
-        return min(2 * self.size, MOST) if page.start == self.end else PIECE
+        return min(2 * self.size, MOST) if in_order else max(PIECE, page)

@@ -7,7 +7,7 @@ from typing import NewType
 
 import attrs
 
-from msharefs.addr import Address, AddrRange, Offset
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, PUD_SIZE, Address, AddrRange, Offset
 from msharefs.host_mm import HostMm
 from msharefs.perms import Ownership
 from msharefs.vma import Vma
@@ -24,6 +24,29 @@ class BackingKind(enum.StrEnum):
     THP = "thp"
     HUGETLB = "hugetlb"
     SMALL = "4k"
+
+    @property
+    def page(self) -> int:
+        """Size of a page, of which all that is mapped is made."""
+        return PMD_SIZE if self is BackingKind.HUGETLB else PAGE_SIZE
+
+    @property
+    def granule(self) -> int:
+        """See ``HostMm``."""
+        return {BackingKind.THP: PMD_SIZE, BackingKind.HUGETLB: PUD_SIZE, BackingKind.SMALL: PAGE_SIZE}[self]
+
+    @property
+    def align(self) -> int:
+        """What address and size of a region, and every window on it, are multiples of."""
+        return PUD_SIZE if self is BackingKind.HUGETLB else PMD_SIZE
+
+
+@attrs.frozen
+class Unshared:
+    """Since when (a date and time for people) the kernel shares the page tables no longer, and why."""
+
+    since: str
+    why: str
 
 
 @attrs.define
@@ -42,7 +65,10 @@ class Attachment:
 
 @attrs.define
 class Region:
-    """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon."""
+    """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon.
+
+    ``unshared`` is set once page tables that the kernel could share are shared no more.
+    """
 
     id: RegionId
     name: str | None
@@ -51,12 +77,18 @@ class Region:
     mm: HostMm
     ready: bool = False
     faults: int = 0
+    unshared: Unshared | None = None
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
 
     @property
     def ar(self) -> AddrRange:
         """The region's own addresses."""
         return self.mm.ar
+
+    @property
+    def tables_shared(self) -> bool:
+        """Whether the kernel shares page tables between its read-write attachments (compare huge_pmd_share)."""
+        return self.backing is BackingKind.HUGETLB and self.unshared is None
 
     @property
     def pids(self) -> set[int]:

@@ -11,8 +11,10 @@ class RegionStat:
 
     ``attached`` counts processes, ``faults`` those the daemon served. ``tables`` counts table pages of the host mm by
     level. ``table_bytes_private`` is what the attached processes would need with tables of their own,
-    ``table_bytes_shared`` what one shared set takes, ``table_bytes_kernel`` what the kernel uses for them in fact
-    (the sum of VmPTE, everything else in those processes included).
+    ``table_bytes_shared`` what one shared set takes, ``table_bytes_kernel`` what the kernel says that they use (the sum
+    of VmPTE: all else in those processes included, and a shared table counted in each), ``table_bytes_growth`` how much
+    the machine's PageTables have grown since the region was made, whoever made them. ``huge_bytes`` are those that
+    one process has mapped by 2 MiB entries.
     """
 
     name: str
@@ -33,6 +35,7 @@ class RegionStat:
     tables_shared: bool
     huge_bytes: int
     notes: tuple[str, ...] = ()
+    table_bytes_growth: int = 0
 
 
 @attrs.frozen

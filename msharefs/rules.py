@@ -33,14 +33,12 @@ def check_prot(prot: Prot) -> None:
         raise AccessDeniedError("PROT_EXEC: memory of a region cannot be executed; leave the flag out")
 
 
-def check_user_range(start: int, size: int, align: int) -> AddrRange:
+def check_user_range(start: int, size: int, align: int, why: str = "mshared --align") -> AddrRange:
     """The range a region asks for, or InvalidArgumentError saying which rule it breaks."""
     if size <= 0:
         raise InvalidArgumentError(f"length {size}: a region has at least {align} bytes")
     if start % align or size % align:
-        raise InvalidArgumentError(
-            f"address {start:#x} and length {size:#x} must be multiples of {align:#x} (mshared --align)"
-        )
+        raise InvalidArgumentError(f"address {start:#x} and length {size:#x} must be multiples of {align:#x} ({why})")
     if not USER_MIN <= start < start + size <= USER_MAX:
         raise InvalidArgumentError(f"{start:#x}+{size:#x} is not within user addresses {USER_MIN:#x}..{USER_MAX:#x}")
     return AddrRange.sized(start, size)

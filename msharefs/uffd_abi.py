@@ -33,6 +33,7 @@ class Feature(enum.IntFlag):
 
     PAGEFAULT_FLAG_WP = 1 << 0
     EVENT_FORK = 1 << 1
+    EVENT_REMAP = 1 << 2
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
     SIGBUS = 1 << 7
@@ -55,6 +56,7 @@ class Event(enum.IntEnum):
 
     PAGEFAULT = 0x12
     FORK = 0x13
+    REMAP = 0x14
 
 
 FLAG_WRITE: Final = 1
@@ -82,3 +84,5 @@ PAGEFAULT_STRUCT: Final = struct.Struct("=B7xQQI4x")
 """struct uffd_msg of a page fault: event, flags, address, thread id."""
 FORK_STRUCT: Final = struct.Struct("=B7xI20x")
 """struct uffd_msg of a fork: event, the child's userfaultfd."""
+REMAP_STRUCT: Final = struct.Struct("=B7xQQQ")
+"""struct uffd_msg of a move: event, from, to, length."""

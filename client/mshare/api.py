@@ -103,30 +103,35 @@ def _create(
     empty: bool,
 ) -> Region | None:
     """Create a region, or None: one exists already and may be attached to, or another address must be tried."""
-    donation = None
-    if addr is not None and length > 0 and not (addr | length) % PAGE_SIZE:
-        check_no_window(addr, addr + length)
-        donation = Donation.of(addr, length)
-    request = protocol.Create(
-        name=name,
-        addr=addr,
-        size=length,
-        mode=mode & ~sc.umask(),
-        exclusive=bool(oflags & os.O_EXCL),
-        empty=empty,
-        readonly=oflags & os.O_ACCMODE == os.O_RDONLY,
-        backing=backing,
-        donated=donation.ranges if donation else (),
-    )
-    reply, fds = link.exchange(request)
-    if isinstance(reply, protocol.Exists):
-        return None
-    try:
-        return _enter(link, name, reply, fds, donation if donation and donation.parts else None)
-    except RangeInUseError:
-        if addr is None:
+    with contextlib.closing(_donation_of(addr, length)) as donation:
+        request = protocol.Create(
+            name=name,
+            addr=addr,
+            size=length,
+            mode=mode & ~sc.umask(),
+            exclusive=bool(oflags & os.O_EXCL),
+            empty=empty,
+            readonly=oflags & os.O_ACCMODE == os.O_RDONLY,
+            backing=backing,
+            donated=donation.ranges,
+        )
+        reply, fds = link.exchange(request, donation.descriptors)
+        if isinstance(reply, protocol.Exists):
             return None
-        raise
+        try:
+            return _enter(link, name, reply, fds, donation if donation.parts else None)
+        except RangeInUseError:
+            if addr is None:
+                return None
+            raise
+
+
+def _donation_of(addr: int | None, length: int) -> Donation:
+    """What this process has mapped where the region is to be; nothing, if the daemon will refuse that place anyway."""
+    if addr is None or length <= 0 or (addr | length) % PAGE_SIZE:
+        return Donation()
+    check_no_window(addr, addr + length)
+    return Donation.of(addr, length)
 
 
 def _attach(link: Connection, name: str, addr: int | None, length: int, oflags: int) -> Region:
@@ -152,22 +157,39 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
         if donation is None:
             window.map(backing)
         else:
-            donation.hand_over(backing, device)
+            donation.hand_over(backing, device, page=offer.page)
         window.make_userfaultfd(device)
-        request = protocol.Mapped(offer.offer, offer.addr, window.anchor)
+        staged = donation.staged if donation else ()
+        request = protocol.Mapped(offer.offer, offer.addr, window.anchor, staged)
         attached = _mapped(link, request, window.userfaultfd, device)
+        if donation and staged:
+            donation.move_in(backing, device)
         window.open()
+        if staged:
+            link.call(protocol.Settled(offer.offer), protocol.Done)
     except BaseException:
-        window.discard()
-        if donation is not None:
-            donation.give_gaps_back()
-        with contextlib.suppress(OSError):
-            link.call(protocol.Abort(offer.offer), protocol.Done)
+        _leave(link, offer, window, donation)
         raise
     finally:
         for fd in fds:
             os.close(fd)
     return Region(name, link, window, offer, attached.attachment)
+
+
+def _leave(link: Connection, offer: protocol.Offer, window: Window, donation: Donation | None) -> None:
+    """Give up an offer. Who waits for donated memory goes on waiting until it is what it was.
+
+    The daemon brings what was stored through the region to the files before it answers; until then nobody may store to
+    them by any other way.
+    """
+    if donation is not None:
+        donation.complete()
+    with contextlib.suppress(OSError):
+        link.call(protocol.Abort(offer.offer), protocol.Done)
+    if donation is not None:
+        window.leave()
+        donation.give_back()
+    window.discard()
 
 
 def _mapped(link: Connection, request: protocol.Mapped, uffd: int, device: int | None) -> protocol.Attached:

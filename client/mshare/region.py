@@ -9,15 +9,21 @@ import threading
 from mmap import MAP_ANONYMOUS, MAP_SHARED, PROT_READ, PROT_WRITE
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from mshare import connection
 from mshare import syscalls as sc
 from mshare.connection import Connection, collect_maps
 from mshare.window import Window
 from msharefs import protocol
+from msharefs.addr import PAGE_SIZE
 from msharefs.perms import Advice, MapFlag
 from msharefs.protocol import RegionStat, Vma
+
+_SERVED_ADVICE: Final = {Advice.REMOVE, Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL}
+"""What the daemon does all about."""
+_ADVICE_ON_SIZES: Final = {Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE}
+"""What means nothing for pages that are huge by nature; the kernel would only split the window, and its tables."""
 
 
 class Region:
@@ -32,6 +38,7 @@ class Region:
         self._link = link
         self._window = window
         self._inode = offer.inode
+        self._served_advice = _SERVED_ADVICE if offer.page == PAGE_SIZE else _SERVED_ADVICE | _ADVICE_ON_SIZES
         self._attachment = attachment
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -132,7 +139,7 @@ class Region:
         """
         request = protocol.Madvise(self._own_attachment(), offset, length, advice)
         self._link.call(request, protocol.Done)
-        if advice not in (Advice.REMOVE, Advice.RANDOM, Advice.SEQUENTIAL):
+        if advice not in self._served_advice:
             sc.madvise(self.address + offset, length, advice)
 
     def detach(self) -> None:

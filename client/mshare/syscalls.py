@@ -33,6 +33,9 @@ SYS_MPROTECT: Final = 10
 SYS_IOCTL: Final = 16
 SYS_PWRITE64: Final = 18
 SYS_MREMAP: Final = 25
+_PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_PAGEMAP_THERE: Final = 0b110  # Bits 62 and 63: in swap, in memory.
+_PAGEMAP_FILES: Final = 0b001  # Bit 61: a page of a file, or of shared memory.
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +45,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 _keeping_the_lock: Final = ctypes.PyDLL(None, use_errno=True)
 _keeping_the_lock.syscall.restype = ctypes.c_long
@@ -71,6 +75,20 @@ def madvise(addr: int, length: int, advice: int) -> None:
     """Give advice about memory (madvise(2)). Raises OSError."""
     if _libc.madvise(addr, length, advice):
         raise _error("madvise")
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Give the memory of a part of a file back (FALLOC_FL_PUNCH_HOLE). Raises OSError."""
+    if _libc.fallocate(fd, _PUNCH, offset, length):
+        raise _error("fallocate")
+
+
+def filesystem(fd: int) -> int:
+    """The magic number of a file's filesystem (statfs(2)). Raises OSError."""
+    found = ctypes.create_string_buffer(128)
+    if _libc.fstatfs(fd, found):
+        raise _error("fstatfs")
+    return int.from_bytes(found.raw[:8], "little")
 
 
 def userfaultfd(device: int | None) -> int:
@@ -130,7 +148,7 @@ def errno_error(what: str) -> OSError:
 
 @attrs.frozen
 class Mapping:
-    """A line of /proc/self/maps."""
+    """A line of /proc/self/maps. ``offset`` and ``device`` are of the file, where it shows one."""
 
     start: int
     end: int
@@ -138,6 +156,14 @@ class Mapping:
     shared: bool
     inode: int
     path: str
+    offset: int = 0
+    device: str = ""
+
+    def clipped(self, start: int, end: int) -> Mapping:
+        """The part of it between two addresses. Preconditions: there is one."""
+        first = max(self.start, start)
+        offset = self.offset + first - self.start if self.inode else 0
+        return attrs.evolve(self, start=first, end=min(self.end, end), offset=offset)
 
 
 def own_mappings(start: int, end: int) -> list[Mapping]:
@@ -149,22 +175,40 @@ def own_mappings(start: int, end: int) -> list[Mapping]:
         if int(low, 16) < end and start < int(high, 16):
             prot = sum(bit for bit, letter in zip((1, 2, 4), fields[1], strict=False) if letter != "-")
             path = fields[5] if len(fields) > 5 else ""
-            found.append(Mapping(int(low, 16), int(high, 16), prot, fields[1][3] == "s", int(fields[4]), path))
+            shared, inode, offset, device = fields[1][3] == "s", int(fields[4]), int(fields[2], 16), fields[3]
+            found.append(Mapping(int(low, 16), int(high, 16), prot, shared, inode, path, offset, device))
     return found
 
 
-def populated(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Runs of pages in ``start..end`` that hold something, in memory or swap (/proc/self/pagemap, bits 63 and 62)."""
+def may_be_written(mapping: Mapping) -> bool:
+    """Whether mprotect(2) could make a mapping writable: one of a file opened for reading stays read-only."""
+    if mapping.prot & PROT_WRITE:
+        return True
+    found = False
+    with Path("/proc/self/smaps").open(errors="replace", newline="\n") as smaps:
+        for line in smaps:
+            found = found or line.startswith(f"{mapping.start:08x}-")
+            if found and line.startswith("VmFlags:"):
+                return "mw" in line.split()
+    return False
+
+
+def populated(start: int, end: int, *, own: bool = False) -> Iterator[tuple[int, int]]:
+    """Runs of pages in ``start..end`` that hold something, in memory or swap (/proc/self/pagemap).
+
+    ``own``: only what is this process's alone, which of a private file mapping are the pages that it has stored to.
+    """
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         run: int | None = None
         for chunk in range(start, end, 512 * PAGE_SIZE):
             pages = min(512, (end - chunk) // PAGE_SIZE)
             words = memoryview(os.pread(pagemap.fileno(), 8 * pages, chunk // PAGE_SIZE * 8)).cast("Q")
             for page, word in enumerate(words):
-                addr = chunk + page * PAGE_SIZE
-                if word >> 62 and run is None:
+                addr, bits = chunk + page * PAGE_SIZE, word >> 61
+                there = bits & _PAGEMAP_THERE and not (own and bits & _PAGEMAP_FILES)
+                if there and run is None:
                     run = addr
-                elif not word >> 62 and run is not None:
+                elif not there and run is not None:
                     yield run, addr
                     run = None
         if run is not None:

@@ -49,8 +49,11 @@ class Window:
         return self._view
 
     def map(self, backing: int) -> None:
-        """Take the range, which must be free. Nobody can touch it before ``open``. Raises OSError EINVAL."""
-        shared = sc.MAP_PRIVATE | sc.MAP_NORESERVE if self.readonly else sc.MAP_SHARED
+        """Take the range, which must be free. Nobody can touch it before ``open``. Raises OSError EINVAL.
+
+        MAP_NORESERVE, since the daemon reserves what is mapped: a window would do so for holes, too.
+        """
+        shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
         text = f"{self.address:#x}+{self.size:#x} is in use in this process; attach at another address"
         try:
             got = sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
@@ -83,6 +86,11 @@ class Window:
             self._view.release()  # Raises BufferError while an array, say, uses it.
             self._view = None
         self.discard()
+
+    def leave(self) -> None:
+        """Have nothing to do any more with what is mapped there; for windows that nobody has looked through."""
+        self._view = None
+        self._mapped = False
 
     def discard(self) -> None:
         """Unmap, whoever looks; for windows that were never open."""

@@ -60,7 +60,7 @@ def octal_mode(text: str | int) -> int:
     show_default=True,
     help="What a touch of a hole is answered with.",
 )
-@click.option("--hugetlb-pool", type=size, metavar="SIZE", help="Huge pages to reserve; needs the hugetlb backing.")
+@click.option("--hugetlb-pool", type=size, metavar="SIZE", help="Add so much to the machine's pool of huge pages.")
 @click.option("--max-bytes", type=size, metavar="SIZE", help="Sum of all region sizes at most.")
 @click.option("--max-regions", type=click.IntRange(min=1), help="Number of regions at most.")
 @click.option(
@@ -94,18 +94,24 @@ def main(
     logging.basicConfig(level=log_level.upper(), format="mshared: %(levelname)s: %(message)s", stream=sys.stderr)
     if align < PMD_SIZE or align & (align - 1):
         raise click.BadParameter("must be a power of two of at least 2M", param_hint="--align")
-    if hugetlb_pool is not None or backing == BackingKind.HUGETLB:
-        raise click.UsageError("the hugetlb backing is not available yet; use --backing thp")
     policy = Policy(
         align=align,
         paging_all=paging == "all",
         hole_signal=Signal[hole_signal],
         limits=Limits(max_regions=max_regions, max_bytes=max_bytes),
     )
-    _run(mount, state_dir, policy, BackingKind(backing) if backing else None, mode)
+    kind = BackingKind(backing) if backing else None
+    _run(mount, state_dir, policy, kind, mode, hugetlb_pool)
 
 
-def _run(mount: Path | None, state_dir: Path | None, policy: Policy, backing: BackingKind | None, mode: int) -> None:
+def _run(
+    mount: Path | None,
+    state_dir: Path | None,
+    policy: Policy,
+    backing: BackingKind | None,
+    mode: int,
+    hugetlb_pool: int | None,
+) -> None:
     try:
         from mshared import app
     except ImportError as error:
@@ -117,7 +123,7 @@ def _run(mount: Path | None, state_dir: Path | None, policy: Policy, backing: Ba
         place = Path(os.path.abspath(mount or app.default_mount()))  # noqa: PTH100 - resolve() would ask a dead mount
         state = state_dir.absolute() if state_dir else app.default_state_dir(place)
         os.chdir("/")
-        app.run(app.Config(place, state, policy, backing, mode))
+        app.run(app.Config(place, state, policy, backing, mode, hugetlb_pool))
     except app.StartError as error:
         raise click.ClickException(str(error)) from None
 

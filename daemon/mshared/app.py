@@ -18,8 +18,8 @@ from typing import Final
 import attrs
 import trio
 
-from mshared import control, fs, mounts, uffd
-from mshared.backing import BackingStore, MemfdStore, TmpfsStore
+from mshared import control, fs, hugetlb, mounts, uffd
+from mshared.backing import BackingStore, MemfdStore, MountedStore
 from mshared.changes import Changes
 from mshared.lifetimes import Lifetimes
 from mshared.notify import notify
@@ -28,6 +28,7 @@ from mshared.service import Service
 from mshared.stop_signals import StopSignals
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, WINDOW_END, WINDOW_START
+from msharefs.errors import NoMemoryError
 from msharefs.mountinfo import FSTYPE
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Ownership
@@ -46,13 +47,14 @@ class StartError(Exception):
 
 @attrs.frozen
 class Config:
-    """What the command line says. ``backing`` None: what this machine and user can have."""
+    """What the command line says. ``backing`` None: what this machine and user can have; ``hugetlb_pool`` in bytes."""
 
     mount: Path
     state_dir: Path
     policy: Policy
     backing: BackingKind | None = None
     mode: int = 0o1777
+    hugetlb_pool: int | None = None
 
 
 def default_mount() -> Path:
@@ -85,6 +87,7 @@ def run(config: Config) -> None:
         stack.enter_context(_lock(config.state_dir / _LOCK, config.mount))
         stack.enter_context(_directory(config.mount))
         _clear_stale(config)
+        stack.enter_context(_hugetlb_pool(config))
         store = stack.enter_context(_store(config))
         device, features, notes = _userfaultfd()
         if device is not None:
@@ -118,7 +121,8 @@ def info_text(config: Config, service: Service) -> str:
         "socket": config.state_dir / "socket",
         "pid": os.getpid(),
     }
-    return f"{config.policy.align}\n" + "".join(f"{key} {value}\n" for key, value in lines.items())
+    align = max(config.policy.align, service.default_backing.align)
+    return f"{align}\n" + "".join(f"{key} {value}\n" for key, value in lines.items())
 
 
 async def _serve(config: Config, service: Service, pager: Pager, listener: object, stop: StopSignals) -> None:
@@ -134,6 +138,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(service.lifetimes.sweep_forever)
         nursery.start_soon(service.lifetimes.forks.run)
         nursery.start_soon(service.lifetimes.filling.run)
+        nursery.start_soon(service.lifetimes.settling.run)
         await _until_served(config.mount)
         sys.stderr.write(f"mshared: ready: mount {config.mount} backing {service.default_backing}\n")
         sys.stderr.flush()
@@ -142,6 +147,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         log.info("%s: stopping", number.name)
         notify("STOPPING=1")
         _report_attached(service)
+        await service.lifetimes.settling.flush_all(service.lifetimes.regions())  # While faults are served still.
         nursery.cancel_scope.cancel()
 
 
@@ -171,6 +177,7 @@ def _release(lifetimes: Lifetimes) -> None:
             lifetimes.drop(attachment)
         if region in lifetimes.regions():
             lifetimes.forget(region)
+    lifetimes.settling.finish()
 
 
 def _default_backing(config: Config, store: BackingStore) -> BackingKind:
@@ -210,10 +217,28 @@ def _userfaultfd() -> tuple[int | None, abi.Feature, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
+def _hugetlb_pool(config: Config) -> Iterator[None]:
+    """Have the machine's pool of huge pages as much larger as was asked for."""
+    if not config.hugetlb_pool:
+        yield
+        return
+    try:
+        pool = hugetlb.Pool(config.hugetlb_pool)
+    except NoMemoryError as error:
+        raise StartError(f"--hugetlb-pool: {error}") from error
+    except OSError as error:
+        raise StartError(f"--hugetlb-pool: cannot write {hugetlb.POOL}: {error.strerror}; it takes root") from error
+    try:
+        yield
+    finally:
+        pool.close()
+
+
+@contextlib.contextmanager
 def _store(config: Config) -> Iterator[BackingStore]:
     limit = config.policy.limits.max_bytes
     try:
-        store: BackingStore = TmpfsStore(config.state_dir, limit) if os.geteuid() == 0 else MemfdStore()
+        store: BackingStore = MountedStore(config.state_dir, limit) if os.geteuid() == 0 else MemfdStore()
     except OSError as error:
         raise StartError(f"cannot mount a tmpfs in {config.state_dir}: {error.strerror}") from error
     try:

@@ -14,7 +14,7 @@ from signal import SIGKILL
 from typing import Final
 
 from mshared import backing, processes
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment, LiveRegion, Unwritten
 from mshared.uffd import Outcome, Uffd, classify
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
@@ -32,7 +32,7 @@ from msharefs.effects import (
     WriteBack,
     ZeroFill,
 )
-from msharefs.errors import InternalError
+from msharefs.errors import InternalError, NoMemoryError
 from msharefs.perms import PROT_RW
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
@@ -42,12 +42,13 @@ log = logging.getLogger(__name__)
 _MOST_TRIES: Final = 10_000
 _MOST_LOGGED: Final = 20
 """Lines a window may have in the log: a process that catches its signals can go on for ever."""
-_WRITE_SIZE: Final = 1 << 20
 
 
 def arm_new(attachment: LiveAttachment) -> None:
     """Arm a window that nobody has touched yet as its region is armed. Raises OSError when it is not mapped."""
     region = attachment.region
+    if attachment.armed(Arming.NATIVE):
+        _arm(attachment, region.model.ar, Arming.NATIVE)
     for ar, arming in region.model.mm.armings():
         _arm(attachment, ar, arming)
     for effect in region.arming_now:
@@ -69,6 +70,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
         for effect in effects:
             if isinstance(effect, Arm):
                 region.arming_now.append(effect)
+                region.note_arming(effect)
             if isinstance(effect, Arm | Protect):
                 for attachment in list(region.attachments):
                     _insist(attachment, effect, read_events)
@@ -85,18 +87,27 @@ def _move_memory(region: LiveRegion, effect: Change) -> None:
     match effect:
         case Punch(ar):
             region.punch(_offsets(region, ar))
+            _keep_reserved(region, ar)
         case Stash(ar):
-            backing.move(region.backing.fd, region.stash(), _offsets(region, ar))
+            inside = _offsets(region, ar)
+            backing.move(region.backing.fd, region.held(inside), backing.write_to(region.stash()))
+            _keep_reserved(region, ar)
         case Unstash(ar):
-            write = None if region.model.backing is BackingKind.SMALL else region.put
-            backing.move(region.stash(), region.backing.fd, _offsets(region, ar), write=write)
+            stashed = backing.held(region.stash(), _offsets(region, ar), BackingKind.SMALL, None)
+            backing.move(region.stash(), stashed, region.put)
         case WriteBack(ar, file, offset):
-            try:
-                write_back(region.backing.fd, region.files[file], _offsets(region, ar), offset)
-            except OSError as error:
-                log.error("region %s: stores to a mapped file are lost: %s", region.model.name, error.strerror)  # noqa: TRY400
+            data = os.pread(region.backing.fd, ar.size, _offsets(region, ar).start)
+            region.unwritten.append(Unwritten(os.dup(region.files[file].fd), offset, data))
         case _:
             raise InternalError(f"{effect} moves no memory")
+
+
+def _keep_reserved(region: LiveRegion, ar: AddrRange) -> None:
+    """Have memory promised again for what went and is mapped still: another user of the pool may have been faster."""
+    try:
+        region.reserve(ar)
+    except NoMemoryError as error:
+        log.error("region %s: touches of %s may end in a SIGBUS: %s", region.model.name, ar, error)  # noqa: TRY400
 
 
 def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Callable[[], None]) -> None:
@@ -113,12 +124,11 @@ def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Call
 
 def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Answer) -> Outcome:
     """Do what the model decided about the thread ``tid`` that waits at ``addr`` (its own address)."""
-    page = AddrRange.page_at(addr)
     match effect:
-        case ZeroFill(_, protected):
-            return _zero_fill(attachment, page, protected=protected)
+        case ZeroFill():
+            return _zero_fill(attachment, effect)
         case Allow():
-            return _try(attachment, lambda: attachment.uffd.write_protect(page, protect=False))
+            return _try(attachment, partial(attachment.uffd.write_protect, attachment.guest(effect.ar), protect=False))
         case Fill():
             raise InternalError(f"{effect} takes a while: see mshared.filling")
         case Deliver(signal):
@@ -130,26 +140,15 @@ def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:
     return _try(attachment, lambda: attachment.uffd.wake(ar))
 
 
-def write_back(backing_fd: int, file_fd: int, ar: AddrRange, offset: int) -> None:
-    """Write what the backing holds of a range of offsets to a file, no further than it reaches. Raises OSError."""
-    room = os.fstat(file_fd).st_size - offset
-    for piece in ar.pieces(_WRITE_SIZE):
-        at = piece.start - ar.start
-        data = memoryview(os.pread(backing_fd, piece.size, piece.start))[: max(0, room - at)]
-        while data:
-            done = os.pwrite(file_fd, data, offset + at)
-            data, at = data[done:], at + done
-
-
 def _protect(attachment: LiveAttachment, ar: AddrRange) -> None:
     if not attachment.model.readonly:
-        attachment.uffd.write_protect(attachment.region.model.to_guest(attachment.model, ar))
+        for place in attachment.places(ar):
+            attachment.uffd.write_protect(place)
 
 
 def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:
-    if attachment.model.readonly:
-        arming &= ~Arming.WP  # A private mapping that cannot be written: no store ever reaches the region.
-    attachment.uffd.arm(attachment.region.model.to_guest(attachment.model, ar), arming)
+    for place in attachment.places(ar):
+        attachment.uffd.arm(place, attachment.armed(arming))
 
 
 def _unpoison(attachment: LiveAttachment) -> None:
@@ -158,25 +157,38 @@ def _unpoison(attachment: LiveAttachment) -> None:
     for page in list(attachment.poisoned):
         vma = model.mm.vmas.find(model.to_host(attachment.model, page))
         if vma is not None and vma.prot & PROT_RW:
-            _try(attachment, partial(attachment.uffd.unpoison, AddrRange.page_at(page)))
+            _try(attachment, partial(attachment.uffd.unpoison, attachment.page_at(page)))
             attachment.poisoned.discard(page)
 
 
-def _zero_fill(attachment: LiveAttachment, page: AddrRange, *, protected: bool) -> Outcome:
+def fill(attachment: LiveAttachment, ar: AddrRange, source: int, *, protected: bool) -> Outcome:
+    """Put pages where the host range ``ar`` has none, by a window that can be written, and wake who waits there.
+
+    ``source`` is where the daemon has their contents.
+    """
+    if attachment.model.readonly:
+        return Outcome.UNMAPPED  # A private mapping: what is put there is not the region's.
+    return _try(attachment, partial(attachment.uffd.copy_from, attachment.guest(ar), source, protected=protected))
+
+
+def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
     """Install a zero page in the file.
 
     A read-only window is a private mapping: UFFDIO_ZEROPAGE would give it a page of its own that the region never
     sees. There the page is made in the file, and the thread finds it when it tries again.
     """
+    page = attachment.guest(effect.ar)
     if attachment.model.readonly:
-        region = attachment.region
-        host = page.moved(region.model.ar.start - attachment.model.window.start)
-        region.filler().zero(region.model.offset_of(host))
-        return _try(attachment, lambda: attachment.uffd.wake(page))
-    outcome = _try(attachment, lambda: attachment.uffd.zero(page, protected=protected))
-    if outcome is Outcome.EXISTS:
-        _try(attachment, lambda: attachment.uffd.wake(page))
-    return outcome
+        attachment.region.filler().zero(attachment.region.model.offset_of(effect.ar))
+        return wake(attachment, page)
+    try:
+        attachment.uffd.zero(page, protected=effect.protected)
+    except OSError as error:
+        outcome = _outcome(attachment, error)
+        if outcome is Outcome.EXISTS:
+            wake(attachment, page)
+        return outcome
+    return Outcome.SERVED
 
 
 def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal) -> Outcome:
@@ -202,7 +214,7 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
             return outcome
         if attachment.sigbus is not None:
             log.log(level, "%s: EFAULT for thread %d, which stores at %#x", attachment, tid, addr)
-            return _try(attachment, partial(_refuse, attachment, attachment.sigbus, AddrRange.page_at(addr)))
+            return _try(attachment, partial(_refuse, attachment, attachment.sigbus, attachment.page_at(addr)))
     if pending:
         log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
         return _kill(pid)
@@ -214,7 +226,7 @@ def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal
 
 
 def _poison(attachment: LiveAttachment, addr: Address) -> Outcome:
-    page = AddrRange.page_at(addr)
+    page = attachment.page_at(addr)
     outcome = _try(attachment, lambda: attachment.uffd.poison(page))
     if outcome is Outcome.SERVED:
         attachment.poisoned.add(page.start)
@@ -233,11 +245,12 @@ def take_back(attachment: LiveAttachment) -> None:
     """Arm refused pages again as the region is armed; one that the kernel cannot take yet stays among them."""
     model = attachment.region.model
     for start in list(attachment.refused):
-        page = AddrRange.page_at(start)
+        page = attachment.page_at(start)
         host = page.moved(model.ar.start - attachment.model.window.start)
         if attachment.sigbus is not None:
             _try(attachment, partial(attachment.sigbus.unmark, page))
-        if _try(attachment, partial(attachment.uffd.arm, page, model.mm.arming_at(host))) is not Outcome.RETRY:
+        arming = model.mm.arming_at(host) if start in attachment.model.window else Arming.MISSING | Arming.WP
+        if _try(attachment, partial(attachment.uffd.arm, page, arming)) is not Outcome.RETRY:
             attachment.refused.discard(start)
 
 
@@ -267,8 +280,12 @@ def _try(attachment: LiveAttachment, ioctl: Callable[[], None]) -> Outcome:
     try:
         ioctl()
     except OSError as error:
-        outcome = classify(error)
-        if outcome in (Outcome.GONE, Outcome.UNMAPPED):
-            log.debug("%s: %s (%s)", attachment, outcome.value, error.strerror)
-        return outcome
+        return _outcome(attachment, error)
     return Outcome.SERVED
+
+
+def _outcome(attachment: LiveAttachment, error: OSError) -> Outcome:
+    outcome = classify(error)
+    if outcome in (Outcome.GONE, Outcome.UNMAPPED):
+        log.debug("%s: %s (%s)", attachment, outcome.value, error.strerror)
+    return outcome

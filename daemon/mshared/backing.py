@@ -1,8 +1,8 @@
 """Where the pages of regions come from: one sparse file a region, offset in the file = offset in the region.
 
-As root the files lie on tmpfs mounts of the daemon's own, one with huge=always (``thp``), one without (``4k``);
-an ordinary user gets sealed memfds (``4k``). Either way clients hold descriptors that cannot shrink the file, and
-those of read-only clients cannot be opened again for writing.
+As root the files lie on mounts of the daemon's own: a tmpfs with huge=always (``thp``), one without (``4k``), and a
+hugetlbfs (``hugetlb``); an ordinary user gets sealed memfds (``4k``, ``hugetlb``). Either way clients hold descriptors
+that cannot shrink the file, and those of read-only clients cannot be opened again for writing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import attrs
 
-from mshared import landlock, libc, mounts
+from mshared import hugetlb, landlock, libc, mounts
 from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
@@ -40,10 +41,23 @@ class Backing:
     writable: int
     readonly: int
     path: Path | None
+    kind: BackingKind = BackingKind.SMALL
 
     def punch(self, ar: AddrRange) -> None:
         """Give the memory of ``ar`` back and take it out of every process, with no event."""
         punch(self.fd, ar)
+
+    def reserve(self, ar: AddrRange) -> None:
+        """Have memory promised for ``ar``, where the kind can do so. Raises NoMemoryError."""
+        if self.kind is BackingKind.HUGETLB:
+            hugetlb.reserve(self.fd, ar)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write over what is there. What is not there comes with its whole granule."""
+        if self.kind is BackingKind.HUGETLB:
+            hugetlb.overwrite(self.fd, offset, data)
+        else:
+            _write_all(self.fd, data, offset)
 
     @contextlib.contextmanager
     def duplicate(self) -> Iterator[int]:
@@ -80,7 +94,7 @@ class BackingStore:
     def why_not(self, kind: BackingKind) -> str:
         """Why a kind cannot be had, and the cure."""
         if kind is BackingKind.HUGETLB:
-            return "backing hugetlb is not available yet; use thp, which needs no reserved pages"
+            return f"backing hugetlb needs a kernel with hugetlb pages; use one of {', '.join(self.kinds)}"
         return (
             f"backing {kind} needs a daemon run by root; use one of {', '.join(self.kinds)}, or start mshared as root"
         )
@@ -96,8 +110,8 @@ class BackingStore:
         raise NotImplementedError
 
 
-class TmpfsStore(BackingStore):
-    """Named files on two tmpfs mounts below ``root``, for a daemon run by root."""
+class MountedStore(BackingStore):
+    """Named files on mounts of its own below ``root``, for a daemon run by root: tmpfs twice, and hugetlbfs."""
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root = root
@@ -143,13 +157,20 @@ class TmpfsStore(BackingStore):
                 raise
             self._note("this kernel has no huge pages for tmpfs: the default backing is 4k")
         self._mount(BackingKind.SMALL, size)
+        try:
+            self._mount(BackingKind.HUGETLB, "")
+        except OSError as error:
+            self._note(f"no hugetlbfs ({error.strerror}): there is no backing hugetlb")
 
     def _mount(self, kind: BackingKind, options: str) -> None:
-        """Mount one tmpfs. Raises OSError; what is mounted then is in ``_readonly``."""
+        """Mount one filesystem. Raises OSError; what is mounted then is in ``_readonly``."""
         place = self._root / kind
         place.mkdir(mode=0o700, exist_ok=True)
         try:
-            mounts.mount_tmpfs(place, options)
+            if kind is BackingKind.HUGETLB:
+                mounts.mount_hugetlbfs(place)
+            else:
+                mounts.mount_tmpfs(place, options)
         except OSError:
             place.rmdir()
             raise
@@ -166,7 +187,7 @@ class TmpfsStore(BackingStore):
             writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
             readonly = undo.open(self._open_readonly(path, kind))
             undo.keep()
-        return Backing(fd, writable, readonly, path)
+        return Backing(fd, writable, readonly, path, kind)
 
     def _open_readonly(self, path: Path, kind: BackingKind) -> int:
         tree = self._readonly[kind]
@@ -178,7 +199,7 @@ class TmpfsStore(BackingStore):
 class MemfdStore(BackingStore):
     """Sealed memfds, for a daemon without privileges."""
 
-    kinds = (BackingKind.SMALL,)
+    kinds = (BackingKind.SMALL, BackingKind.HUGETLB)
 
     def capacity(self) -> tuple[int, int]:
         """What the machine has and could give now."""
@@ -186,15 +207,18 @@ class MemfdStore(BackingStore):
         total, free = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
         return total, free
 
-    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:  # noqa: ARG002 - one kind only
+    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if kind is BackingKind.HUGETLB:
+            flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
         with _Undo() as undo:
-            fd = undo.open(os.memfd_create(f"msharefs-{region}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            fd = undo.open(os.memfd_create(f"msharefs-{region}", flags))
             os.ftruncate(fd, size)
             libc.call("fcntl", fd, _F_ADD_SEALS, _SEALS)
             readonly = undo.open(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
             os.fchmod(fd, 0)  # So that the read-only descriptor is not simply opened again for writing.
             undo.keep()
-        return Backing(fd, fd, readonly, None)
+        return Backing(fd, fd, readonly, None, kind)
 
 
 class _Undo:
@@ -249,22 +273,25 @@ def extents(fd: int) -> Iterator[AddrRange]:
             yield AddrRange.sized(start, at - start)
 
 
-def move(source: int, target: int, ar: AddrRange, *, write: Callable[[bytes, int], None] | None = None) -> None:
-    """Move what ``source`` holds of a range of offsets to the same place in ``target``.
+def held(fd: int, ar: AddrRange, kind: BackingKind, device: int | None) -> list[AddrRange]:
+    """Where a file of that kind holds data in a range of offsets, in order."""
+    if kind is BackingKind.HUGETLB:
+        return hugetlb.present(fd, ar, device)
+    return [part for extent in extents(fd) if (part := extent.intersect(ar)) is not None]
 
-    Pages that ``source`` does not hold are not made in ``target``. ``write`` is what puts data at an offset there, if
-    not pwrite(2). Raises OSError (ENOSPC) with all still in source.
-    """
-    held = [part for extent in extents(source) if (part := extent.intersect(ar)) is not None]
-    for part in held:
+
+def move(source: int, parts: list[AddrRange], write: Callable[[bytes, int], None]) -> None:
+    """Move what ``source`` holds in ``parts`` to where ``write`` puts it. Raises OSError with all still in source."""
+    for part in parts:
         for piece in part.pieces(PMD_SIZE):
-            data = os.pread(source, piece.size, piece.start)
-            if write is None or piece.size == PMD_SIZE:
-                _write_all(target, data, piece.start)
-            else:
-                write(data, piece.start)
-    for part in held:
+            write(os.pread(source, piece.size, piece.start), piece.start)
+    for part in parts:
         punch(source, part)
+
+
+def write_to(fd: int) -> Callable[[bytes, int], None]:
+    """What puts data at an offset of a file, by pwrite(2)."""
+    return partial(_write_all, fd)
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

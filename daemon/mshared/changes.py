@@ -15,7 +15,7 @@ from mshared import apply
 from mshared.live import LiveAttachment
 from mshared.writeback import flush
 from msharefs import protocol
-from msharefs.addr import PAGE_SIZE, AddrRange
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
     AccessDeniedError,
@@ -46,7 +46,7 @@ class Changes:
         flags = _checked_flags(request.flags, file)
         if request.file_offset < 0 or request.file_offset % PAGE_SIZE:
             raise InvalidArgumentError(f"file offset {request.file_offset} is not a multiple of {PAGE_SIZE}")
-        opened = None if file is None else await _opened(file)
+        opened = None if file is None else await open_file(file)
         try:
             if request.offset is not None:
                 await self._flush(live, live.region.model.range_at(request.offset, request.length))
@@ -81,8 +81,9 @@ class Changes:
                 checked_prot(request.prot),
                 fixed=fixed,
                 replace=replace,
-                align=model.mm.granule,
+                align=min(model.mm.granule, PMD_SIZE),
                 source=source,
+                reserve=lambda ar: live.region.backing.reserve(ar.moved(-model.ar.start)),
             )
             place.append(at)
             return effects
@@ -94,6 +95,7 @@ class Changes:
         """Unmap a range (compare munmap(2))."""
         ar = live.region.model.range_at(request.offset, request.length)
         await self._flush(live, ar)
+        await live.region.prepare_to_punch(ar)
         self._change(live, lambda: live.region.model.mm.munmap(ar))
         live.region.drop_unused_files()
 
@@ -125,6 +127,8 @@ class Changes:
         mm.check_mapped(ar)
         if advice is Advice.REMOVE:
             self._change(live, lambda: mm.madvise_remove(ar))
+        elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
+            mm.madvise_reading(ar, advice)
         elif advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE):
             need = Prot.WRITE if advice is Advice.POPULATE_WRITE else Prot.READ | Prot.WRITE
             if not all(vma.prot & need for vma in mm.vmas.overlapping(ar)):
@@ -175,7 +179,7 @@ class Opened:
     writable: bool
 
 
-async def _opened(file: int) -> Opened:
+async def open_file(file: int) -> Opened:
     """A client's descriptor, checked as mmap(2) does. Raises BadDescriptorError, NoDeviceError, AccessDeniedError.
 
     Its filesystem may be served by the client, which need not answer: that holds one thread, and the client.

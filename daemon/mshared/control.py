@@ -19,6 +19,7 @@ from typing import Final
 import attrs
 import trio
 
+from mshared import donations
 from mshared.live import LiveRegion
 from mshared.service import Answer, Caller, Pending, Service
 from mshared.tickets import Closer, read_ticket
@@ -35,7 +36,7 @@ _SO_PEERGROUPS: Final = 59
 _MOST_GROUPS: Final = 256
 """What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
 _UCRED: Final = struct.Struct("=iII")
-_ANCILLARY: Final = socket.CMSG_SPACE(4 * 16)
+_ANCILLARY: Final = socket.CMSG_SPACE(4 * protocol.MAX_DONATED_FILES)
 """Room for more descriptors than any message has, so that a few too many are told by number."""
 
 
@@ -132,6 +133,8 @@ class _Connection:
             reply = await self._guarded(answer, packet, fds)
         finally:
             self._closer.close(fds)
+        if reply.after is not None:
+            await reply.after.wait()
         await self._send(reply)
 
     async def _guarded(
@@ -161,24 +164,27 @@ class _Connection:
         service, caller = self._service, self.caller
         match message:
             case protocol.Create():
-                _expect(fds, 0)
-                answer, pending = service.create(caller, message)
-                return answer if pending is None else self._offered(answer, pending)
+                return await self._created(message, fds)
             case protocol.Attach():
                 _expect(fds, 1)
                 return self._offered(*await service.attach(caller, message, fds[0], self._device))
             case protocol.Mapped():
                 _expect(fds, 1, 2)
-                sigbus = fds[1] if len(fds) > 1 else None
-                answer = service.mapped(caller, message, self._offer(message.offer), fds[0], sigbus)
+                answer = service.mapped(caller, message, self._offer(message.offer), fds)
+                if not message.staged:
+                    del self._offers[message.offer]
+                return answer
+            case protocol.Settled():
+                _expect(fds, 0)
+                answer = service.settled(caller, self._offer(message.offer))
                 del self._offers[message.offer]
-                fds.clear()
                 return answer
             case protocol.Abort():
                 _expect(fds, 0)
-                service.give_up(self._offer(message.offer))
+                pending = self._offer(message.offer)
+                service.give_up(pending)
                 del self._offers[message.offer]
-                return Answer(protocol.Done())
+                return Answer(protocol.Done(), after=pending.region.written)
             case protocol.Adopt():
                 return self._adopted(message, fds)
             case protocol.Detach():
@@ -205,6 +211,15 @@ class _Connection:
                 return service.listing(message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is nothing a client may say here")
+
+    async def _created(self, message: protocol.Create, fds: list[int]) -> Answer:
+        _expect(fds, len({part.file.descriptor for part in message.donated if part.file}))
+        files = await donations.open_files(fds)
+        try:
+            answer, pending = self._service.create(self.caller, message, files)
+        finally:
+            donations.close_files(files)
+        return answer if pending is None else self._offered(answer, pending)
 
     def _adopted(self, message: protocol.Adopt, fds: list[int]) -> Answer:
         _expect(fds, 0, 1)

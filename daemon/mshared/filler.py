@@ -16,19 +16,20 @@ from msharefs.addr import PAGE_SIZE, AddrRange
 
 
 class Filler:
-    """A mapping of one backing file in the daemon, registered MISSING."""
+    """A mapping of one backing file in the daemon, registered MISSING; ``page`` is the size of its pages."""
 
-    def __init__(self, fd: int, size: int, device: int | None) -> None:
+    def __init__(self, fd: int, size: int, device: int | None, page: int = PAGE_SIZE) -> None:
         self._size = size
+        self._page = page
         self._uffd = uffd.new(device)
-        self._uffd.open_api(abi.Feature.MISSING_SHMEM)
-        self._start = libc.map_shared(fd, size)
+        self._uffd.open_api(abi.Feature(0))
+        self._start = libc.map_shared(fd, size, reserve=False)
         self._uffd.mark(AddrRange.sized(self._start, size))
 
     def zero(self, offset: int) -> None:
         """Have a page of zeros at ``offset``, unless there is one already."""
         with contextlib.suppress(FileExistsError):
-            self._uffd.zero(AddrRange.sized(self._start + offset, PAGE_SIZE), protected=False)
+            self._uffd.zero(AddrRange.sized(self._start + offset, self._page), protected=False)
 
     def copy(self, offset: int, data: bytes) -> bool:
         """Have pages with ``data`` from ``offset`` on; False, perhaps half way, when one is there already."""

@@ -1,4 +1,4 @@
-"""Bringing pages of files into regions: read off the loop, in pieces around the page that was touched.
+"""Bringing pages of files into regions: at once what is in memory, off the loop what must be read.
 
 A fault that waits for a file is decided again when the file has been read, never replayed: the mapping may be another
 by then. What is in memory already is never written over.
@@ -11,24 +11,20 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Final
 
 import attrs
 import trio
 
-from mshared import apply
+from mshared import apply, files
 from mshared.live import LiveAttachment, LiveRegion, Reading
-from msharefs.addr import PAGE_SIZE, Address, AddrRange, round_up
-from msharefs.effects import Deliver, Signal
+from mshared.uffd import Outcome
+from msharefs.addr import Address, AddrRange, round_up
+from msharefs.effects import Deliver, Fill, Signal
 from msharefs.perms import PROT_RW
-from msharefs.vma import FileSource
+from msharefs.readahead import MOST
+from msharefs.vma import FileSource, Vma
 
 log = logging.getLogger(__name__)
-
-PIECE: Final = 128 << 10
-"""Bytes that are read at once around a page, as far as its mapping reaches."""
-MOST: Final = 2 << 20
-"""Bytes that are read at once when pages are touched in order, and as much again ahead (compare mm/readahead.c)."""
 
 
 @attrs.frozen
@@ -47,35 +43,54 @@ class Filling:
     def __init__(self, decide: Callable[[LiveAttachment, int, int, int], None]) -> None:
         self._decide = decide
         self._waiting: dict[tuple[int, int], list[Waiting]] = {}
+        self._buffer = files.Buffer(MOST)
         self._send, self._receive = trio.open_memory_channel[tuple[LiveRegion, AddrRange]](math.inf)
 
-    def request(self, page: AddrRange, fault: Waiting) -> None:
-        """Have the file's page at the host range ``page`` read, and the fault decided again."""
-        region = fault.attachment.region
-        reading = region.reading
-        under_way = _piece_with(reading, page.start)
+    def request(self, fill: Fill, vma: Vma, fault: Waiting) -> None:
+        """Have a page of a file in a region, and the fault answered, or decided again.
+
+        What the system has in memory is put in place at once. Preconditions: ``vma`` covers the page.
+        """
+        page, region = fill.ar, fault.attachment.region
+        under_way = _piece_with(region.reading, page.start)
         if under_way is not None:
             self._waiting[region.model.id, under_way.start].append(fault)
             return
-        vma = region.model.mm.vmas.find(page.start)
-        whole = vma.ar if vma is not None else page
-        in_order = page.start == reading.end
-        size = min(2 * reading.size, MOST) if in_order else PIECE
-        piece = AddrRange.sized(page.start, size) if in_order else AddrRange.page_at(page.start, size)
-        piece = piece.intersect(whole) or page
+        piece, ahead = region.reading.readahead.next(page, vma)
+        if ahead is None and self._fill_now(fault, fill, vma, piece):
+            return
         self._enqueue(region, piece).append(fault)
-        ahead = AddrRange.sized(piece.end, size).intersect(whole) if in_order else None
-        if ahead is not None and _piece_with(reading, ahead.start) is None:
+        if ahead is not None and _piece_with(region.reading, ahead.start) is None:
             self._enqueue(region, ahead)
-        # A fault that was on its way while its page came says nothing of the order.
-        if not reading.end - 2 * reading.size <= page.start < reading.end:
-            reading.end, reading.size = (ahead or piece).end, size
 
     def _enqueue(self, region: LiveRegion, piece: AddrRange) -> list[Waiting]:
         """Have a piece read; the faults that wait for it."""
         region.reading.under_way.append(piece)
         self._send.send_nowait((region, piece))
         return self._waiting.setdefault((region.model.id, piece.start), [])
+
+    def _fill_now(self, fault: Waiting, fill: Fill, vma: Vma, piece: AddrRange) -> bool:
+        """Answer a fault with what of its file is in memory; False when reading it would have to wait.
+
+        It goes straight into the window of who asks, where that can be: that maps the pages, too. Whoever else asks
+        for them finds them in the backing.
+        """
+        attachment, region, buffer = fault.attachment, fault.attachment.region, self._buffer
+        page, offset = fill.ar, fill.offset + piece.start - fill.ar.start
+        if not region.files[fill.file].read_now(buffer, piece.size, offset):
+            return False
+        awake = False
+        for run in region.model.mm.table.holes(piece):
+            part = buffer.address + run.start - piece.start
+            if apply.fill(attachment, run, part, protected=vma.reports_stores) is Outcome.SERVED:
+                awake = awake or run.covers(page)
+            else:
+                region.put_new(_part(buffer.view, piece, run), region.model.offset_of(run))
+            region.model.mm.filled(run)
+        if not awake:  # Whatever the tables say, the kernel has missed it.
+            region.put_new(_part(buffer.view, piece, page), region.model.offset_of(page))
+            apply.wake(attachment, fault.attachment.page_at(fault.addr))
+        return True
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -95,10 +110,10 @@ class Filling:
         """Read a piece and install what is missing of it; the host address from which on the file has nothing."""
         source = _source_of(region, piece)
         moves = region.moves
-        fd = os.dup(region.files[source.file])
+        fd = os.dup(region.files[source.file].fd)
         try:
             data, size = await trio.to_thread.run_sync(
-                _read, fd, piece.size, source.offset, abandon_on_cancel=True, limiter=region.reading.limiter
+                files.read, fd, piece.size, source.offset, abandon_on_cancel=True, limiter=region.reading.limiter
             )
         except OSError as error:
             log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
@@ -107,24 +122,19 @@ class Filling:
             os.close(fd)
         if _source_of(region, piece) != source or region.moves != moves:
             raise _Gone  # What was read may be older than what was stored, and moved, meanwhile.
-        end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, PAGE_SIZE))))
+        end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, region.model.mm.page))))
         data = data.ljust(end - piece.start, b"\0")
-        for run in _missing(region, AddrRange(piece.start, end)) if end > piece.start else []:
-            self._put(region, piece, data, run)
+        for run in region.model.mm.table.holes(AddrRange(piece.start, end)) if end > piece.start else []:
+            region.put_new(_part(data, piece, run), region.model.offset_of(run))
             region.model.mm.filled(run)
         for page in self._pages_waited_for(region, piece):  # Whatever the tables say, the kernel has missed them.
             if page.end <= end:
-                self._put(region, piece, data, page)
+                region.put_new(_part(data, piece, page), region.model.offset_of(page))
         return end
-
-    def _put(self, region: LiveRegion, piece: AddrRange, data: bytes, run: AddrRange) -> None:
-        at = run.start - piece.start
-        region.put_new(data[at : at + run.size], region.model.offset_of(run))
 
     def _pages_waited_for(self, region: LiveRegion, piece: AddrRange) -> set[AddrRange]:
         faults = self._waiting.get((region.model.id, piece.start), [])
-        model = region.model
-        return {AddrRange.page_at(model.to_host(fault.attachment.model, Address(fault.addr))) for fault in faults}
+        return {fault.attachment.host(fault.attachment.page_at(fault.addr)) for fault in faults}
 
     def _go_on(self, fault: Waiting, beyond: int) -> None:
         """Let the thread try again, or give it SIGBUS where the file has nothing."""
@@ -138,7 +148,7 @@ class Filling:
         elif host >= beyond:
             apply.answer_fault(fault.attachment, Address(fault.addr), fault.tid, Deliver(Signal.SIGBUS, host))
         else:
-            apply.wake(fault.attachment, AddrRange.page_at(fault.addr))
+            apply.wake(fault.attachment, fault.attachment.page_at(fault.addr))
 
 
 class _Gone(Exception):
@@ -160,18 +170,7 @@ def _source_of(region: LiveRegion, piece: AddrRange) -> FileSource:
     return source
 
 
-def _missing(region: LiveRegion, ar: AddrRange) -> list[AddrRange]:
-    """The parts of ``ar`` for which the tables have nothing, in order."""
-    found, start = [], ar.start
-    for run, _ in region.model.mm.table.runs(ar):
-        if start < run.start:
-            found.append(AddrRange(start, run.start))
-        start = run.end
-    if start < ar.end:
-        found.append(AddrRange(start, ar.end))
-    return found
-
-
-def _read(fd: int, length: int, offset: int) -> tuple[bytes, int]:
-    """What a file holds from ``offset`` on, and its size; in a worker thread."""
-    return os.pread(fd, length, offset), os.fstat(fd).st_size
+def _part(data: bytes | memoryview, piece: AddrRange, run: AddrRange) -> bytes:
+    """What ``data``, read for ``piece``, has for a part of it."""
+    at = run.start - piece.start
+    return bytes(data[at : at + run.size])

@@ -339,7 +339,7 @@ class MshareFs(pyfuse3.Operations):
         render = {
             "maps": lambda: dump.maps_text(region),
             "smaps": lambda: dump.smaps_text(region),
-            "pagetables": lambda: dump.pagetables_text(region),
+            "pagetables": lambda: dump.pagetables_text(region, stats),
             "attachments": lambda: dump.attachments_text(region.attachments.values()),
             "stat": lambda: dump.stat_text(stats),
         }

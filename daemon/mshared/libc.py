@@ -7,8 +7,11 @@ import os
 from typing import Final
 
 _MAP_SHARED: Final = 1
+_MAP_NORESERVE: Final = 0x4000
+_PROT_RW: Final = 3
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_sysinfo: Final = ctypes.create_string_buffer(112)
 
 
 def call(name: str, *args: object) -> int:
@@ -28,10 +31,21 @@ def syscall(number: int, *args: object) -> int:
     return call("syscall", number, *args)
 
 
-def map_shared(fd: int, size: int) -> int:
-    """Map a file shared and inaccessible, anywhere; the address. Raises OSError."""
+def sysinfo() -> bytes:
+    """What sysinfo(2) tells, as it tells it."""
+    _libc.sysinfo(_sysinfo)
+    return _sysinfo.raw
+
+
+def map_shared(fd: int, size: int, offset: int = 0, *, reserve: bool = True, writable: bool = False) -> int:
+    """Map a file shared, anywhere; the address. Raises OSError.
+
+    Inaccessible, unless ``writable``. Without ``reserve`` hugetlbfs promises no pages.
+    """
     _libc.mmap.restype = ctypes.c_void_p
-    address = _libc.mmap(None, ctypes.c_size_t(size), 0, _MAP_SHARED, fd, ctypes.c_long(0))
+    flags = _MAP_SHARED if reserve else _MAP_SHARED | _MAP_NORESERVE
+    prot = _PROT_RW if writable else 0
+    address = _libc.mmap(None, ctypes.c_size_t(size), prot, flags, fd, ctypes.c_long(offset))
     if address == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap: {os.strerror(number)}")

@@ -20,12 +20,13 @@ from mshared import apply, processes
 from mshared.backing import Backing
 from mshared.filling import Filling, Waiting
 from mshared.forks import Forks
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
 from mshared.uffd import Outcome, Uffd, is_userfaultfd
+from mshared.writeback import Settling
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.effects import Fill
+from msharefs.effects import Deliver, Fill, Signal
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
 from msharefs.fault import Fault
 from msharefs.namespace import Namespace
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
+_STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 _REFUSAL_TIME: Final = 0.01
 """Seconds for which a page is refused by the kernel alone, so that the system call that met it comes to its end."""
 SWEEP_INTERVAL: Final = 1.0
@@ -59,6 +61,7 @@ class Lifetimes:
         self._pidfds: dict[int, int] = {}
         self.forks = Forks(self._on_child_found)
         self.filling = Filling(self._on_fault)
+        self.settling = Settling(self.read_events)
 
     @property
     def fork_events(self) -> bool:
@@ -101,14 +104,10 @@ class Lifetimes:
 
     def forget(self, region: LiveRegion) -> None:
         """Close the files of a region that the namespace has let go."""
-        self.write_back(region)
         del self._regions[region.model.id]
         region.settled.set()
-        region.close()
-
-    def write_back(self, region: LiveRegion) -> None:
-        """Have the files of a region hold every store."""
-        apply.carry_out(region, region.model.mm.write_back(region.model.ar), self.read_events)
+        region.ended = True
+        self.settling.request(region)
 
     def attach(
         self,
@@ -120,8 +119,11 @@ class Lifetimes:
         *,
         readonly: bool,
         sigbus: int | None = None,
+        staged: Iterable[Staged] = (),
     ) -> LiveAttachment:
         """Arm a new window and count it. Takes the descriptors when it succeeds.
+
+        A region of which parts are ``staged`` is not ready: the window is to be completed, and the region settled.
 
         Raises BadDescriptorError when ``fd`` is no fresh userfaultfd, InvalidArgumentError when window or anchor are
         not mapped in its address space.
@@ -130,7 +132,7 @@ class Lifetimes:
         denier = None if sigbus is None else self._open(sigbus, _SIGBUS_FEATURES)
         was_ready = region.model.ready
         model = self.namespace.attach(region.model, window, pid, readonly=readonly)
-        live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier)
+        live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier, staged=list(staged))
         try:
             if self.fork_events:
                 uffd.mark(AddrRange.sized(anchor, PAGE_SIZE))
@@ -142,7 +144,10 @@ class Lifetimes:
                 self.forget(region)
             raise InvalidArgumentError(f"the window at {window:#x} cannot be armed: {error.strerror}") from error
         self._add(live)
-        region.settled.set()
+        if live.staged:
+            region.model.ready = False
+        else:
+            region.settled.set()
         return live
 
     def drop(self, live: LiveAttachment) -> None:
@@ -162,7 +167,7 @@ class Lifetimes:
         gone = self.namespace.detach(live.region.model, live.model)
         self._unwatch_process(live.model.pid)
         if not live.region.attachments and not live.region.lock.locked():
-            self.write_back(live.region)  # Else whoever holds the lock does so at the end, with older pages written.
+            self.settling.request(live.region)  # Else whoever holds the lock sees to it in the end.
         if gone:
             self.forget(live.region)
 
@@ -242,28 +247,48 @@ class Lifetimes:
                 self._on_fault(live, flags, addr, tid)
             elif event == abi.Event.FORK:
                 self._on_fork(live, abi.FORK_STRUCT.unpack_from(data, at)[1])
+            elif event == abi.Event.REMAP:
+                self._on_moved(live, *abi.REMAP_STRUCT.unpack_from(data, at)[1:])
 
     def _on_fault(self, live: LiveAttachment, flags: int, addr: int, tid: int) -> None:
         """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
         region = live.region.model
         if live.model.id not in self._attachments or addr not in live.model.window:
+            self._on_stray(live, addr, tid)
             return
         if live.region.changing:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
             return
-        access = Access.WRITE if flags & (abi.FLAG_WRITE | abi.FLAG_WP) else Access.READ
-        fault = Fault(region.to_host(live.model, Address(addr)), access, protected=bool(flags & abi.FLAG_WP))
-        effect = region.mm.fault(fault).effect
-        if isinstance(effect, Fill):
-            region.faults += 1
-            self.filling.request(effect.ar, Waiting(live, flags, addr, tid))
+        host = Address(addr - live.distance)
+        access = Access.WRITE if flags & _STORE else Access.READ
+        resolution = region.mm.fault(Fault(host, access, protected=bool(flags & abi.FLAG_WP)))
+        effect, vma = resolution.effect, resolution.vma
+        if isinstance(effect, Fill) and vma is not None:
+            region.count_served(vma)
+            self.filling.request(effect, vma, Waiting(live, flags, addr, tid))
             return
         outcome = apply.answer_fault(live, Address(addr), tid, effect)
         if live.refused:
             self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
-        region.faults += outcome is Outcome.SERVED
-        if outcome is Outcome.RETRY:
+        if outcome is Outcome.SERVED:
+            region.count_served(vma)
+        elif outcome is Outcome.RETRY:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+
+    def _on_moved(self, live: LiveAttachment, start: int, to: int, length: int) -> None:
+        """A process has moved memory, as armed as it was: to its place in the window, if it was staged."""
+        moved = (start, to, length)
+        live.staged = [each for each in live.staged if (each.addr, live.guest(each.ar).start, each.ar.size) != moved]
+
+    def _on_stray(self, live: LiveAttachment, addr: int, tid: int) -> None:
+        """A touch of what a process has moved out of its window: that is no memory of the region any more."""
+        if live.model.id not in self._attachments:
+            return
+        outcome = apply.answer_fault(live, Address(addr), tid, Deliver(Signal.SIGBUS, Address(addr)))
+        if live.refused:
+            self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
+        if outcome is Outcome.RETRY:
+            self._pager.later(lambda: self._on_stray(live, addr, tid))
 
     def _take_back_after(self, live: LiveAttachment, deadline: float) -> None:
         """Arm refused pages as before, once the system call has seen to fail."""
@@ -278,6 +303,7 @@ class Lifetimes:
         """A child exists and waits in fork(): it has its parent's windows, armed as they are."""
         os.set_blocking(fd, False)
         region = parent.region
+        was_ready = region.model.ready
         model = self.namespace.attach(
             region.model,
             parent.model.window.start,
@@ -285,7 +311,9 @@ class Lifetimes:
             readonly=parent.model.readonly,
             forked_from=parent.model.id,
         )
+        region.model.ready = was_ready
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid, set(parent.poisoned))
+        child.staged = list(parent.staged)
         self._add(child)
         self.forks.add(child)
         with contextlib.suppress(OSError):

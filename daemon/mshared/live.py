@@ -6,25 +6,39 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import attrs
 import trio
 
-from mshared.backing import Backing, punch
+from mshared import hugetlb, processes
+from mshared.backing import Backing, held, punch
+from mshared.files import MappedFile
 from mshared.filler import Filler
 from mshared.uffd import Uffd
-from msharefs.addr import PAGE_SIZE, Address, AddrRange
+from msharefs.addr import Address, AddrRange
+from msharefs.armings import cut
 from msharefs.effects import Arm
-from msharefs.region import Attachment, Region
-from msharefs.vma import FileId
+from msharefs.readahead import Readahead
+from msharefs.region import Attachment, BackingKind, Region, Unshared
+from msharefs.vma import Arming, FileId
+
+
+@attrs.frozen
+class Staged:
+    """The host range ``ar`` stands at ``addr`` in an address space, until it is moved to its place in the window."""
+
+    ar: AddrRange
+    addr: Address
 
 
 @attrs.define(eq=False)
 class LiveAttachment:
-    """An attachment and its userfaultfd. ``anchor``: see ``protocol.Mapped``.
+    """An attachment and its userfaultfd. ``anchor``, ``staged``: see ``protocol.Mapped``.
 
     ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
     the userfaultfd ``sigbus`` has for the moment, to the same end. ``refusals`` counts touches that were not allowed.
+    ``distance`` is how far above the region's own addresses the window stands.
     """
 
     model: Attachment
@@ -36,6 +50,46 @@ class LiveAttachment:
     sigbus: Uffd | None = None
     refused: set[Address] = attrs.Factory(set)
     refusals: int = 0
+    staged: list[Staged] = attrs.Factory(list)
+    distance: int = attrs.field(init=False)
+
+    @distance.default
+    def _distance(self) -> int:
+        return self.model.window.start - self.region.model.ar.start
+
+    def page_at(self, addr: int) -> AddrRange:
+        """The page that holds one of its addresses."""
+        return AddrRange.page_at(addr, self.region.model.mm.page)
+
+    def armed(self, arming: Arming) -> Arming:
+        """How its window is armed where the region is armed like that.
+
+        A read-only window is a private mapping: no store of its own is ever the region's, nothing has to be protected.
+        And of hugetlb memory, what nobody has made would become a page of its own there, so that each is reported.
+        """
+        if not self.model.readonly:
+            return arming
+        missing = Arming.MISSING if self.region.model.backing is BackingKind.HUGETLB else Arming.NATIVE
+        return arming & ~Arming.WP | missing
+
+    def guest(self, ar: AddrRange) -> AddrRange:
+        """Where its process sees the host range ``ar``; most windows stand where the region does."""
+        return ar.moved(self.distance) if self.distance else ar
+
+    def host(self, ar: AddrRange) -> AddrRange:
+        """The host range behind a range of its process's window."""
+        return ar.moved(-self.distance) if self.distance else ar
+
+    def places(self, ar: AddrRange) -> list[AddrRange]:
+        """Where it has the host range ``ar``: parts of it may be staged still."""
+        staged = [each for each in self.staged if each.ar.overlaps(ar)]
+        if not staged:
+            return [self.guest(ar)]
+        found = []
+        for piece in cut(ar, sorted({border for each in staged for border in (each.ar.start, each.ar.end)})):
+            where = next((each for each in staged if each.ar.covers(piece)), None)
+            found.append(piece.moved(where.addr - where.ar.start) if where else self.guest(piece))
+        return found
 
     def close(self) -> None:
         """Close its descriptors."""
@@ -50,16 +104,23 @@ class LiveAttachment:
 
 @attrs.define
 class Reading:
-    """What is being read of mapped files, as host ranges.
+    """What is being read of mapped files off the loop, as host ranges.
 
-    ``end`` is where the last read ended, to tell whether pages are touched in order; ``size`` what was read at once.
     A file whose filesystem does not answer holds the threads that ``limiter`` allows this region, and no other's.
     """
 
     under_way: list[AddrRange] = attrs.Factory(list)
-    end: int = 0
-    size: int = 0
+    readahead: Readahead = attrs.Factory(Readahead)
     limiter: trio.CapacityLimiter = attrs.Factory(lambda: trio.CapacityLimiter(4))
+
+
+@attrs.frozen
+class Unwritten:
+    """Bytes for a file, whose descriptor it owns, from ``offset`` on, as far as the file reaches."""
+
+    fd: int
+    offset: int
+    data: bytes
 
 
 @attrs.define(eq=False)
@@ -70,7 +131,9 @@ class LiveRegion:
     change from its first await to its end.
     ``moves`` counts how often memory was moved or went. ``changing`` while a change is carried out: faults wait,
     since the model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall
-    clock's time, for people.
+    clock's time, for people. ``ended``: the namespace has let it go, and it closes when its files have every store.
+    ``unwritten`` is what a change has left to be written to files; ``written`` is not set while the files of a region
+    that nobody is attached to are brought up to date.
     """
 
     model: Region
@@ -79,21 +142,29 @@ class LiveRegion:
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
-    files: dict[FileId, int] = attrs.Factory(dict)
+    page_tables_before: int = attrs.Factory(processes.all_page_table_bytes)
+    files: dict[FileId, MappedFile] = attrs.Factory(dict)
     closed: bool = False
     lock: trio.Lock = attrs.Factory(trio.Lock)
     moves: int = 0
     changing: bool = False
     arming_now: list[Arm] = attrs.Factory(list)
+    ended: bool = False
+    unwritten: list[Unwritten] = attrs.Factory(list)
+    written: trio.Event = attrs.Factory(trio.Event)
     reading: Reading = attrs.Factory(Reading)
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
 
+    def __attrs_post_init__(self) -> None:
+        """There is nothing to write yet."""
+        self.written.set()
+
     def filler(self) -> Filler:
         """What puts single pages into the backing; made when first needed."""
         if self._filler is None:
-            self._filler = Filler(self.backing.fd, self.model.ar.size, self.uffd_device)
+            self._filler = Filler(self.backing.fd, self.model.ar.size, self.uffd_device, self.model.mm.page)
         return self._filler
 
     def punch(self, ar: AddrRange) -> None:
@@ -104,27 +175,56 @@ class LiveRegion:
 
     def put(self, data: bytes, offset: int) -> None:
         """Put whole pages into the backing, and no neighbour of theirs; what is there is written over."""
-        for at in range(0, len(data), PAGE_SIZE):
-            page = data[at : at + PAGE_SIZE]
+        if self.model.backing is not BackingKind.HUGETLB and len(data) % self.model.mm.granule == 0:
+            self.backing.write(data, offset)
+            return
+        size = self.model.mm.page
+        for at in range(0, len(data), size):
+            page = data[at : at + size]
             if not self.filler().copy(offset + at, page):
-                os.pwrite(self.backing.fd, page, offset + at)
+                self.backing.write(page, offset + at)
 
     def put_new(self, data: bytes, offset: int) -> None:
         """Put whole pages into the backing, and no neighbour of theirs; what is there stays."""
+        size = self.model.mm.page
         if not self.filler().copy(offset, data):
-            for at in range(0, len(data), PAGE_SIZE):
-                self.filler().copy(offset + at, data[at : at + PAGE_SIZE])
+            for at in range(0, len(data), size):
+                self.filler().copy(offset + at, data[at : at + size])
 
     def add_file(self, fd: int) -> FileId:
         """Keep an opened file that is to be mapped."""
         number = FileId(next(self._file_ids))
-        self.files[number] = fd
+        self.files[number] = MappedFile(fd)
         return number
 
     def drop_unused_files(self) -> None:
         """Close the files that no mapping shows any more."""
         for number in self.files.keys() - self.model.mm.files():
-            os.close(self.files.pop(number))
+            self.files.pop(number).close()
+
+    def note_arming(self, effect: Arm) -> None:
+        """Tables of memory that is write-protected in one process are its own from then on (hugetlb_unshare_pmds)."""
+        if effect.arming & Arming.WP and self.model.tables_shared:
+            why = f"stores to {effect.ar} have to be seen (read-only memory, or a shared file)"
+            self.model.unshared = Unshared(datetime.now(UTC).isoformat(timespec="seconds"), why)
+
+    def held(self, ar: AddrRange) -> list[AddrRange]:
+        """Where the backing holds data in a range of offsets, in order."""
+        return held(self.backing.fd, ar, self.backing.kind, self.uffd_device)
+
+    def reserve(self, ar: AddrRange) -> None:
+        """Have memory promised for what is mapped in the host range ``ar``. Raises NoMemoryError."""
+        for vma in self.model.mm.vmas.overlapping(ar):
+            self.backing.reserve(vma.clipped(ar).ar.moved(-self.model.ar.start))
+
+    async def prepare_to_punch(self, ar: AddrRange) -> None:
+        """Have pages for all that is mapped in ``ar``, where punching gives back no promise that nobody has used."""
+        if self.backing.kind is not BackingKind.HUGETLB:
+            return
+        for vma in self.model.mm.vmas.overlapping(ar):
+            part = vma.clipped(ar).ar.moved(-self.model.ar.start)
+            with self.backing.duplicate() as fd:
+                await trio.to_thread.run_sync(hugetlb.allocate, fd, part, limiter=self.reading.limiter)
 
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""
@@ -136,8 +236,8 @@ class LiveRegion:
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
         self.closed = True
-        for fd in self.files.values():
-            os.close(fd)
+        for file in self.files.values():
+            file.close()
         self.files.clear()
         if self._filler is not None:
             self._filler.close()

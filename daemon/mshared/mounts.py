@@ -29,9 +29,17 @@ def mount_at(path: Path) -> Mount | None:
 
 def mount_tmpfs(path: Path, options: str) -> None:
     """Mount a fresh tmpfs, for root only."""
-    libc.call(
-        "mount", b"msharefs", os.fsencode(path), b"tmpfs", _MS_NOSUID_NODEV_NOEXEC, f"mode=0700,{options}".encode()
-    )
+    _mount(path, b"tmpfs", options)
+
+
+def mount_hugetlbfs(path: Path) -> None:
+    """Mount a fresh hugetlbfs of 2 MiB pages, for root only."""
+    _mount(path, b"hugetlbfs", "pagesize=2M")
+
+
+def _mount(path: Path, kind: bytes, options: str) -> None:
+    data = f"mode=0700,{options}".encode()
+    libc.call("mount", b"msharefs", os.fsencode(path), kind, _MS_NOSUID_NODEV_NOEXEC, data)
 
 
 def unmount(path: Path) -> None:

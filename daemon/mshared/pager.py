@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 RETRY_DELAY: Final = 0.0005
 """Seconds until what the kernel could not take yet (EAGAIN) is tried again."""
+ATTENTION: Final = 0.002
+"""Seconds for which the pager stays with what comes in, before other tasks have their turn."""
+_LINGER: Final = 0.00005
+"""Seconds it looks for the next fault meanwhile, awake: who was served is often back sooner than a sleeper wakes."""
 _BATCH: Final = 256
 
 
@@ -28,6 +33,8 @@ class Pager:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._later: list[Callable[[], None]] = []
+        self._waiting: trio.CancelScope | None = None
+        """Around the wait for whatever comes next, while there is nothing to do later."""
 
     def add(self, fd: int, handler: Callable[[], None]) -> None:
         """Watch ``fd``; ``handler`` reads what is there and must not wait."""
@@ -42,6 +49,8 @@ class Pager:
     def later(self, work: Callable[[], None]) -> None:
         """Do ``work`` after the events that are there now; it may ask for another time."""
         self._later.append(work)
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -50,18 +59,37 @@ class Pager:
                 with trio.move_on_after(RETRY_DELAY):
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
             else:
-                await trio.lowlevel.wait_readable(self._epoll.fileno())
-            self.drain()
+                with trio.CancelScope() as self._waiting:
+                    await trio.lowlevel.wait_readable(self._epoll.fileno())
+                self._waiting = None
+            self._attend()
 
-    def drain(self) -> None:
-        """Handle what is readable now, then what was put aside. Does not wait."""
-        for fd, _ in self._epoll.poll(0, _BATCH):
+    def _attend(self) -> None:
+        """Serve as long as something comes in, for a moment; what is put aside meanwhile waits for the loop."""
+        now = time.monotonic()
+        until = now + ATTENTION
+        idle = now + _LINGER
+        while True:
+            served = self.drain()
+            now = time.monotonic()
+            if self._later or now > until or (now > idle and not served):
+                return
+            if served:
+                idle = now + _LINGER
+            else:
+                os.sched_yield()  # Whoever is served may be waiting for this processor.
+
+    def drain(self) -> bool:
+        """Handle what is readable now, then what was put aside; whether anything was. Does not wait."""
+        ready = self._epoll.poll(0, _BATCH)
+        for fd, _ in ready:
             handler = self._handlers.get(fd)
             if handler is not None:  # else an earlier handler of this round removed it
                 _guarded(handler)
         work, self._later = self._later, []
         for step in work:
             _guarded(step)
+        return bool(ready)
 
     def close(self) -> None:
         """Close the set; the descriptors in it stay open."""

@@ -73,6 +73,12 @@ def page_table_bytes(pid: int) -> int:
     return int(kilobytes.split()[0]) << 10
 
 
+def all_page_table_bytes() -> int:
+    """PageTables of /proc/meminfo: bytes of page tables of the whole machine."""
+    fields = dict(line.split(":") for line in (_PROC / "meminfo").read_text().splitlines())
+    return int(fields["PageTables"].split()[0]) << 10
+
+
 def huge_mapped_bytes(pid: int, start: int, end: int) -> int:
     """Bytes of shared memory between two addresses that a process has mapped by 2 MiB entries."""
     total, inside = 0, False

@@ -9,29 +9,27 @@ from __future__ import annotations
 import attrs
 import trio
 
-from mshared import apply, processes
-from mshared.backing import BackingStore, extents, resident
-from mshared.changes import Changes, checked_prot
+from mshared import apply, donations, processes
+from mshared.backing import BackingStore, held, resident
+from mshared.changes import Changes, Opened
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.tickets import Ticket, read_ticket
+from mshared.writeback import write_out
 from msharefs import dump, protocol
 from msharefs.addr import AddrRange
-from msharefs.effects import Change, Punch
+from msharefs.effects import Change
 from msharefs.errors import (
-    AccessDeniedError,
     BadDescriptorError,
-    ExistsError,
     InvalidArgumentError,
     MshareError,
     NoSpaceError,
     NotFoundError,
     NotPermittedError,
-    ProtocolError,
     TryAgainError,
 )
 from msharefs.namespace import Namespace, check_window
-from msharefs.perms import Credentials, Prot
+from msharefs.perms import Credentials
 from msharefs.region import BackingKind, Region, RegionId
 
 INODES_A_REGION = 16
@@ -64,10 +62,11 @@ class Pending:
 
 @attrs.frozen
 class Answer:
-    """A reply and the descriptors that go with it; they stay the daemon's."""
+    """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set."""
 
     reply: protocol.Reply
     fds: tuple[int, ...] = ()
+    after: trio.Event | None = None
 
 
 class Service:
@@ -90,8 +89,11 @@ class Service:
         self._changes = changes
         self._notes = notes
 
-    def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
-        """Make a region and offer it to its creator, or say that it exists."""
+    def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
+        """Make a region and offer it to its creator, or say that it exists.
+
+        The files of what is donated are taken out of ``files`` when they are the region's.
+        """
         if request.readonly and request.donated:
             raise InvalidArgumentError("memory cannot be donated through a read-only window; use O_RDWR")
         existing = self._find_or_none(request.name)
@@ -108,13 +110,18 @@ class Service:
             empty=request.empty or bool(request.donated),
         )
         try:
-            for donated in request.donated:
-                _map_donated(model, donated)
             backing = self.store.create(model.id, kind, model.ar.size)
         except BaseException:
             self.namespace.abandon(model)
             raise
         live = self.lifetimes.add_region(model, backing)
+        try:
+            donations.map_donated(live, request.donated, files)
+            live.reserve(model.ar)
+        except BaseException:
+            self.namespace.abandon(model)
+            self.lifetimes.forget(live)
+            raise
         pending = Pending(live, readonly=request.readonly, creator=True, donated=request.donated)
         return self._offer(live, model.ar.start, readonly=request.readonly), pending
 
@@ -135,27 +142,52 @@ class Service:
         check_window(live.model, addr)
         return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
-    def mapped(
-        self, caller: Caller, request: protocol.Mapped, pending: Pending, uffd: int, sigbus: int | None = None
-    ) -> Answer:
-        """Arm the window and count it. The userfaultfds are the daemon's from here on, if this succeeds."""
+    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, fds: list[int]) -> Answer:
+        """Arm the window and count it. The userfaultfds are taken out of ``fds`` when they are the daemon's."""
         region = pending.region
         if self.namespace.get(region.model.id) is None:
             raise NotFoundError("the region is gone; it was removed in the meantime")
+        if pending.creator and region.attachments:
+            raise InvalidArgumentError("the window of this offer stands already")
         live = self.lifetimes.attach(
-            region, request.addr, caller.pid, uffd, request.anchor, readonly=pending.readonly, sigbus=sigbus
+            region,
+            request.addr,
+            caller.pid,
+            fds[0],
+            request.anchor,
+            readonly=pending.readonly,
+            sigbus=fds[1] if len(fds) > 1 else None,
+            staged=donations.stage(region.model, pending.donated, request.staged),
         )
+        fds.clear()
         try:
-            self._settle_donation(live, pending.donated)
+            for effects in donations.settling(region.model, pending.donated):
+                self._change(live, effects)
         except MshareError:
             region.model.ready = False  # The creator gives up, and then the region never was.
             raise
         return Answer(protocol.Attached(live.model.id))
 
+    def settled(self, caller: Caller, pending: Pending) -> Answer:
+        """Let others in: the creator has moved to its place what was staged."""
+        region = pending.region
+        if self.namespace.get(region.model.id) is None:
+            raise NotFoundError("the region is gone; create it anew")
+        windows = self.lifetimes.of_process(region.model, caller.pid) if pending.creator else []
+        staged = sum(len(window.staged) for window in windows)
+        if not windows or staged:
+            raise InvalidArgumentError(f"{len(windows)} windows of this offer stand, and {staged} mappings are staged")
+        region.model.ready = True
+        region.settled.set()
+        return Answer(protocol.Done())
+
     def give_up(self, pending: Pending) -> None:
         """Forget an offer; a region whose creator gives up never was."""
         live = pending.region
-        if pending.creator and not live.model.ready:
+        if pending.creator and not live.model.ready and not live.closed:
+            donations.undo(live, self.lifetimes.read_events)
+            for attachment in list(live.attachments):
+                self.lifetimes.drop(attachment)
             self.namespace.abandon(live.model)
             self.lifetimes.forget(live)
 
@@ -170,9 +202,10 @@ class Service:
         return Answer(protocol.Attached(live.model.id))
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
-        """End one reference of the caller's own."""
-        self.lifetimes.drop(self._own(caller, request.attachment))
-        return Answer(protocol.Done())
+        """End one reference of the caller's own. The last one has files hold every store first."""
+        live = self._own(caller, request.attachment)
+        self.lifetimes.drop(live)
+        return Answer(protocol.Done(), after=live.region.written)
 
     def unlink(self, caller: Caller, request: protocol.Unlink, ticket: Ticket | None) -> Answer:
         """End the caller's access; the last one ends the region."""
@@ -186,7 +219,7 @@ class Service:
             self.lifetimes.drop(attachment)
         if self.namespace.unlink(region, may_write=may_write):
             self.lifetimes.forget(live)
-        return Answer(protocol.Done())
+        return Answer(protocol.Done(), after=live.written)
 
     def remove(self, caller: Caller, request: protocol.Remove) -> Answer:
         """Take a name away at once; the memory goes with its last attachment."""
@@ -204,10 +237,14 @@ class Service:
         try:
             async with region.lock:
                 live = self._own(caller, request.attachment)  # Still.
-                return await self._change_locked(live, request, file)
+                try:
+                    return await self._change_locked(live, request, file)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await write_out(region)
         finally:
             if not region.attachments and not region.closed:
-                self.lifetimes.write_back(region)
+                self.lifetimes.settling.request(region)
 
     async def _change_locked(self, live: LiveAttachment, request: protocol.Changing, file: int | None) -> Answer:
         match request:
@@ -248,7 +285,7 @@ class Service:
     async def refresh(self, region: LiveRegion) -> dump.KernelFacts:
         """Read what the kernel did on its own and bring the tables of native memory up to date."""
         with region.backing.duplicate() as fd:
-            facts, present = await trio.to_thread.run_sync(_read_kernel, fd, list(region.attachments), self._notes)
+            facts, present = await trio.to_thread.run_sync(_read_kernel, fd, region, self._notes)
         huge = region.model.backing is not BackingKind.SMALL
         region.model.mm.sync((ar.moved(region.model.ar.start) for ar in present), huge=huge)
         return facts
@@ -293,12 +330,15 @@ class Service:
         live = self.lifetimes.attachment(number)
         if live.model.pid != caller.pid:
             raise NotPermittedError(f"attachment {number} belongs to another process")
+        if not live.region.model.ready:
+            raise TryAgainError("the region is still being made; try again")
         return live
 
     def _offer(self, live: LiveRegion, addr: int, *, readonly: bool) -> Answer:
         fd = live.backing.readonly if readonly else live.backing.writable
         device = () if self.lifetimes.uffd_device is None else (self.lifetimes.uffd_device,)
-        reply = protocol.Offer(0, live.model.id * INODES_A_REGION, addr, live.model.ar.size, readonly, bool(device))
+        inode, size, page = live.model.id * INODES_A_REGION, live.model.ar.size, live.model.mm.page
+        reply = protocol.Offer(0, inode, addr, size, readonly, bool(device), page)
         return Answer(reply, (fd, *device))
 
     def _backing_kind(self, wanted: str | None) -> BackingKind:
@@ -309,16 +349,6 @@ class Service:
         except ValueError:
             raise InvalidArgumentError(f"backing {wanted!r} is none of {', '.join(BackingKind)}") from None
 
-    def _settle_donation(self, live: LiveAttachment, donated: tuple[protocol.DonatedRange, ...]) -> None:
-        """Make holes and protections hold, now that the contents are in: they came through the file."""
-        if not donated:
-            return
-        mm = live.region.model.mm
-        self._change(live, [Punch(hole) for hole in mm.shared_granule_holes()])
-        for part in donated:
-            if not Prot(part.prot) & Prot.WRITE:
-                self._change(live, mm.mprotect(live.region.model.range_at(part.offset, part.length), Prot(part.prot)))
-
     def _change(self, live: LiveAttachment, effects: list[Change]) -> None:
         """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""
         try:
@@ -328,23 +358,16 @@ class Service:
             raise NoSpaceError(f"no memory for the change: {error.strerror}") from error
 
 
-def _map_donated(model: Region, donated: protocol.DonatedRange) -> None:
-    """One mapping of the donor, read-write until its contents are in."""
-    if checked_prot(donated.prot) & Prot.EXEC:
-        raise AccessDeniedError("an executable mapping cannot be donated: regions are data; mprotect it first")
-    ar = model.range_at(donated.offset, donated.length)
-    try:
-        model.mm.mmap(ar, ar.size, fixed=True)
-    except ExistsError:
-        raise ProtocolError("two donated ranges overlap") from None
-
-
-def _read_kernel(
-    fd: int, attachments: list[LiveAttachment], notes: tuple[str, ...]
-) -> tuple[dump.KernelFacts, list[AddrRange]]:
+def _read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> tuple[dump.KernelFacts, list[AddrRange]]:
     """Read the slow facts, in a worker thread; ``fd`` is the backing file."""
+    attachments = list(region.attachments)
     pids = {a.model.pid: a for a in attachments if a.model.pid is not None}
     windows = [(pid, a.model.window) for pid, a in list(pids.items())[:_PIDS_FOR_HUGE]]
     huge = max((processes.huge_mapped_bytes(pid, ar.start, ar.end) for pid, ar in windows), default=0)
+    if region.model.backing is BackingKind.HUGETLB:
+        huge = resident(fd)
     tables = sum(processes.page_table_bytes(pid) for pid in pids)
-    return dump.KernelFacts(resident(fd), tables, huge, notes), list(extents(fd))
+    whole = AddrRange.sized(0, region.model.ar.size)
+    present = held(fd, whole, region.model.backing, region.uffd_device)
+    growth = processes.all_page_table_bytes() - region.page_tables_before
+    return dump.KernelFacts(resident(fd), tables, growth, huge, notes), present

@@ -7,25 +7,32 @@ import ctypes
 import enum
 import errno
 import fcntl
+import mmap
 import os
 from pathlib import Path
 from typing import Final
 
 from mshared import libc
 from msharefs import uffd_abi as abi
-from msharefs.addr import PAGE_SIZE, AddrRange
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.vma import Arming
 
 DEVICE: Final = "/dev/userfaultfd"
 WANTED: Final = (
-    abi.Feature.THREAD_ID | abi.Feature.EXACT_ADDRESS | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
+    abi.Feature.THREAD_ID
+    | abi.Feature.EXACT_ADDRESS
+    | abi.Feature.MISSING_SHMEM
+    | abi.Feature.WP_HUGETLBFS_SHMEM
+    | abi.Feature.EVENT_REMAP
 )
-"""Features without which nothing works."""
+"""Features without which nothing works. What is moved by mremap(2) stays armed, and its move is reported."""
 OPTIONAL: Final = abi.Feature.EVENT_FORK | abi.Feature.POISON
 """Reports of forks (needs CAP_SYS_PTRACE), and poison (Linux 6.6)."""
 
-_zero_page = ctypes.create_string_buffer(2 * PAGE_SIZE)
-_ZERO_PAGE: Final = (ctypes.addressof(_zero_page) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+_zeros = mmap.mmap(-1, PMD_SIZE)
+"""What nobody ever stores to; it takes no memory."""
+_ZEROS: Final = ctypes.addressof(ctypes.c_char.from_buffer(_zeros))
 
 
 class Outcome(enum.Enum):
@@ -106,17 +113,35 @@ class Uffd:
         fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
 
     def zero(self, ar: AddrRange, *, protected: bool) -> None:
-        """Fill one page with zeros and wake who waits for it; ``protected`` keeps it write-protected."""
-        if protected:
-            request = abi.COPY_STRUCT.pack(ar.start, _ZERO_PAGE, ar.size, abi.COPY_MODE_WP, 0)
-            fcntl.ioctl(self.fd, abi.UFFDIO_COPY, request)
+        """Fill one page, small or huge, with zeros and wake who waits for it; ``protected`` keeps it write-protected.
+
+        UFFDIO_ZEROPAGE knows neither huge pages nor protection.
+        """
+        if protected or ar.size > PAGE_SIZE:
+            self.copy_from(ar, _ZEROS, protected=protected)
         else:
             fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
 
     def copy(self, ar: AddrRange, data: bytes) -> None:
         """Fill ``ar`` with ``data`` and wake who waits for it."""
         source = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
-        fcntl.ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.size, 0, 0))
+        assert source is not None
+        self.copy_from(ar, source)
+
+    def copy_from(self, ar: AddrRange, source: int, *, protected: bool = False) -> None:
+        """Fill ``ar`` with what this process has at ``source``; ``protected`` keeps it write-protected."""
+        mode = abi.COPY_MODE_WP if protected else 0
+        fcntl.ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.size, mode, 0))
+
+    def continue_all(self, ar: AddrRange) -> int:
+        """UFFDIO_CONTINUE: map pages that the file has, up to the first that it lacks; how many bytes that were."""
+        request = bytearray(abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+        try:
+            fcntl.ioctl(self.fd, abi.UFFDIO_CONTINUE, request)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EFAULT):
+                raise
+        return max(0, int(abi.FILL_STRUCT.unpack(request)[3]))
 
     def wake(self, ar: AddrRange) -> None:
         """UFFDIO_WAKE: whoever waits in ``ar`` tries again."""
@@ -135,7 +160,7 @@ class Uffd:
         try:
             fcntl.ioctl(self.fd, abi.UFFDIO_CONTINUE, request)
         except OSError:  # The file has no page there.
-            fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, request)
+            self.zero(ar, protected=False)
 
     def is_alive(self) -> bool:
         """Whether its address space still exists: neither ended nor replaced by exec.

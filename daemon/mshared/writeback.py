@@ -1,14 +1,21 @@
 """Bringing stores to the shared files that are mapped into a region, off the loop.
 
+A file's filesystem may take its time; and a client that stands in a system call on the file, holding it locked, may be
+waiting for a fault that only the loop can answer. So threads write, and the loop goes on.
+
 Pages are protected and clean in the model before they are copied: a store that comes meanwhile is reported and makes
-its page dirty again. What is not copied in the end, for whatever reason, is dirty again too.
+its page dirty again. What is not copied in the end, for whatever reason, is dirty again too. What is still dirty when
+a mapping goes is set aside in memory, and written before the call returns.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import trio
 
@@ -18,6 +25,10 @@ from msharefs.addr import AddrRange
 from msharefs.effects import Protect, WriteBack
 from msharefs.errors import NoSpaceError
 from msharefs.vma import FileId
+
+log = logging.getLogger(__name__)
+
+_WRITE_SIZE: Final = 1 << 20
 
 
 async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], None]) -> None:
@@ -36,9 +47,7 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
             while runs:
                 where = runs[0].ar.moved(-region.model.ar.start)
                 file, offset = files[runs[0].file], runs[0].offset
-                await trio.to_thread.run_sync(
-                    apply.write_back, memory, file, where, offset, limiter=region.reading.limiter
-                )
+                await trio.to_thread.run_sync(_copy, memory, file, where, offset, limiter=region.reading.limiter)
                 del runs[0]
         except OSError as error:
             raise NoSpaceError(f"cannot write to the mapped file: {error.strerror}") from error
@@ -47,11 +56,104 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
                 region.model.mm.stored_to(run.ar)
 
 
+async def write_out(region: LiveRegion) -> None:
+    """Write what a change has set aside. Preconditions: the region's lock is held."""
+    while region.unwritten:
+        await trio.to_thread.run_sync(_write_one, region, limiter=region.reading.limiter)
+
+
+class Settling:
+    """Sees to it that files have every store once nobody is attached, and closes regions that have ended then."""
+
+    def __init__(self, read_events: Callable[[], None]) -> None:
+        self._read_events = read_events
+        self._send, self._receive = trio.open_memory_channel[LiveRegion](math.inf)
+
+    def request(self, region: LiveRegion) -> None:
+        """Do so for a region, at once if there is nothing to write."""
+        if region.model.mm.dirty(region.model.ar) or region.unwritten:
+            region.written = trio.Event()
+            self._send.send_nowait(region)
+        elif region.ended and region.written.is_set():
+            region.close()
+
+    async def run(self) -> None:
+        """Serve for ever."""
+        async with trio.open_nursery() as nursery:
+            async for region in self._receive:
+                nursery.start_soon(self._settle, region, region.written)
+
+    async def flush_all(self, regions: Iterable[LiveRegion]) -> None:
+        """Have the files of all of them hold every store."""
+        for region in regions:
+            async with region.lock:
+                await self._flush(region)
+
+    def finish(self) -> None:
+        """Settle what is left when nobody serves any more: what blocks now, blocks nobody."""
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                region = self._receive.receive_nowait()
+                if not region.closed:
+                    apply.carry_out(region, region.model.mm.write_back(region.model.ar), self._read_events)
+                    while region.unwritten:
+                        _write_one(region)
+                self._done(region, region.written)
+
+    async def _settle(self, region: LiveRegion, written: trio.Event) -> None:
+        async with region.lock:
+            await self._flush(region)
+        self._done(region, written)
+
+    def _done(self, region: LiveRegion, written: trio.Event) -> None:
+        written.set()
+        if region.ended and not region.closed and region.written.is_set():
+            region.close()
+
+    async def _flush(self, region: LiveRegion) -> None:
+        if region.closed:
+            return
+        try:
+            await flush(region, region.model.ar, self._read_events)
+        except NoSpaceError as error:
+            _log_lost(region, str(error))
+        await write_out(region)
+
+
+def _write_one(region: LiveRegion) -> None:
+    """Write one piece that was set aside; in a worker thread."""
+    piece = region.unwritten[0]
+    try:
+        _write(piece.fd, piece.data, piece.offset)
+    except OSError as error:
+        _log_lost(region, str(error.strerror))
+    os.close(piece.fd)
+    del region.unwritten[0]
+
+
+def _log_lost(region: LiveRegion, why: str) -> None:
+    log.error("region %s: stores to a mapped file are lost: %s", region.model.name, why)
+
+
+def _copy(memory: int, file: int, ar: AddrRange, offset: int) -> None:
+    """Write what memory holds of a range of offsets to a file. Raises OSError."""
+    for piece in ar.pieces(_WRITE_SIZE):
+        _write(file, os.pread(memory, piece.size, piece.start), offset + piece.start - ar.start)
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    """Write to a file, no further than it reaches. Raises OSError."""
+    left = memoryview(data)[: max(0, os.fstat(file).st_size - offset)]
+    while left:
+        done = os.pwrite(file, left, offset)
+        left, offset = left[done:], offset + done
+
+
 @contextlib.contextmanager
 def _duplicates(region: LiveRegion, files: Iterable[FileId]) -> Iterator[tuple[int, dict[FileId, int]]]:
     """Descriptors of the memory and of files that outlive the region, should it go."""
     memory = os.dup(region.backing.fd)
-    copies = {file: os.dup(region.files[file]) for file in files}
+    copies = {file: os.dup(region.files[file].fd) for file in files}
     try:
         yield memory, copies
     finally:

@@ -286,6 +286,67 @@ class TestDonation:
         assert ctypes.string_at(BASE + PAGE_SIZE, 5) == b"given"
         sc.munmap(BASE + PAGE_SIZE, PAGE_SIZE)
 
+    def test_a_mapping_of_a_file_is_moved_in_and_others_wait_for_it(self, daemon: Daemon) -> None:
+        file = os.memfd_create("file")
+        os.ftruncate(file, PAGE_SIZE)
+        sc.mmap(BASE + PAGE_SIZE, PAGE_SIZE, 3, sc.MAP_SHARED | sc.MAP_FIXED_NOREPLACE, file)
+        sent, stood = [], []
+
+        def create(_request: object, fds: list[int]) -> Any:
+            sent.extend(os.path.samestat(os.fstat(fd), os.fstat(file)) for fd in fds)
+            return daemon.offer()
+
+        def mapped(_request: object, _fds: list[int]) -> protocol.Attached:
+            stood.append([m.path for m in sc.own_mappings(BASE + PAGE_SIZE, BASE + 2 * PAGE_SIZE)])
+            return protocol.Attached(7)
+
+        def settled(_request: object, _fds: list[int]) -> protocol.Done:
+            stood.append([(m.path, m.prot) for m in sc.own_mappings(BASE, BASE + PMD_SIZE)])
+            return protocol.Done()
+
+        daemon.fake.on |= {protocol.Create: create, protocol.Mapped: mapped, protocol.Settled: settled}
+        with mshare.mshare("it", BASE, PMD_SIZE, CREATE) as region:
+            expected = [protocol.Hello, protocol.Create, protocol.Mapped, protocol.Settled]
+            assert daemon.fake.kinds() == expected
+            (create_,), (mapped_,) = daemon.heard(protocol.Create), daemon.heard(protocol.Mapped)
+            shown = protocol.DonatedFile(0, 0, shared=True)
+            assert create_.donated == (protocol.DonatedRange(PAGE_SIZE, PAGE_SIZE, 3, shown),)
+            assert len(mapped_.staged) == 1
+            assert daemon.heard(protocol.Settled) == [protocol.Settled(3)]
+            assert (sent, stood) == ([True], [["/memfd:file (deleted)"], [("/memfd:backing (deleted)", 3)]])
+            region.buf[PAGE_SIZE] = 9
+            assert os.pread(daemon.backing, 1, PAGE_SIZE) == b"\t"
+        os.close(file)
+
+    @pytest.mark.parametrize("kind", [protocol.Create, protocol.Mapped, protocol.Settled])
+    def test_when_the_daemon_refuses_a_file_it_is_shown_as_before(self, daemon: Daemon, kind: type) -> None:
+        file = os.memfd_create("file")
+        os.ftruncate(file, 2 * PAGE_SIZE)
+        sc.mmap(BASE + PAGE_SIZE, PAGE_SIZE, 3, sc.MAP_SHARED | sc.MAP_FIXED_NOREPLACE, file, PAGE_SIZE)
+        sc.mmap(BASE + 8 * PAGE_SIZE, PAGE_SIZE, 1, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_FIXED_NOREPLACE)
+        stood: list[list[str]] = []
+
+        def abort(_request: object, _fds: list[int]) -> protocol.Done:
+            stood.append([m.path for m in sc.own_mappings(BASE + PAGE_SIZE, BASE + 2 * PAGE_SIZE)])
+            return protocol.Done()
+
+        daemon.fake.on |= {protocol.Abort: abort, kind: lambda _request, _fds: protocol.Failed(errno.ENOSPC, "no room")}
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="no room"):
+            mshare.mshare("it", BASE, PMD_SIZE, CREATE)
+        ends_of_the_connection = 2
+        assert len(os.listdir("/proc/self/fd")) == before + ends_of_the_connection
+        where = {protocol.Create: [], protocol.Mapped: ["file"], protocol.Settled: ["backing"]}[kind]
+        assert stood == [[f"/memfd:{name} (deleted)"] for name in where]
+        first, second = sc.own_mappings(BASE, BASE + PMD_SIZE)
+        assert (first.path, first.prot, first.shared, first.offset) == ("/memfd:file (deleted)", 3, True, PAGE_SIZE)
+        assert (second.start, second.prot) == (BASE + 8 * PAGE_SIZE, 1)
+        ctypes.memset(first.start, 9, 1)
+        assert os.pread(file, 1, PAGE_SIZE) == b"\t"
+        os.close(file)
+        for found in (first, second):
+            sc.munmap(found.start, PAGE_SIZE)
+
     def test_a_window_is_not_donated(self, daemon: Daemon) -> None:
         with mshare.mshare("it", None, PMD_SIZE, CREATE):
             count = len(daemon.heard(protocol.Create))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import gc
 import itertools
 import mmap
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mshare import donation as module
+from mshare import arming
 from mshare import syscalls as sc
 from mshare.donation import Donation
 from mshare.syscalls import Mapping
@@ -70,16 +71,6 @@ def held(fd: int) -> list[int]:
     """Pages that a file holds."""
     pages = range(os.fstat(fd).st_size // PAGE_SIZE)
     return [page for page in pages if os.lseek(fd, page * PAGE_SIZE, os.SEEK_HOLE) != page * PAGE_SIZE]
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path) -> None:
-    """See that files of the test lie on a disk."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    places = {line.split()[4]: line.partition(" - ")[2].split()[0] for line in lines}
-    here = next(str(place) for place in [tmp_path, *tmp_path.parents] if str(place) in places)
-    if places[here] in ("tmpfs", "ramfs"):
-        pytest.skip(f"{tmp_path} lies on a {places[here]}, not on a disk; set TMPDIR")
 
 
 class TestOf:
@@ -171,7 +162,7 @@ class TestSteps:
             sc.SYS_MMAP: "replace",
         }
         uffd = sc.userfaultfd(None)
-        module.fcntl.ioctl(uffd, abi.UFFDIO_API, abi.API_STRUCT.pack(abi.API_VERSION, abi.Feature(0), 0))
+        fcntl.ioctl(uffd, abi.UFFDIO_API, abi.API_STRUCT.pack(abi.API_VERSION, abi.Feature(0), 0))
         try:
             found = take()._steps(part, [(part.start, part.end)] if runs is None else runs, 99, uffd, 1 << 40)
         finally:
@@ -197,17 +188,6 @@ class TestSteps:
     def test_shared_memory_is_protected_where_it_is(self, apart: Apart) -> None:
         self.of(apart, ["protect", "copy", "replace", "wake"], flags=SHARED)
 
-    def test_files_in_memory_too(self, apart: Apart) -> None:
-        fd = new_file()
-        self.of(apart, ["protect", "copy", "replace", "wake"], flags=sc.MAP_SHARED, fd=fd)
-        os.close(fd)
-
-    @pytest.mark.usefixtures("on_disk")
-    def test_files_on_disks_can_be_copied_only(self, apart: Apart, tmp_path: Path) -> None:
-        with (tmp_path / "file").open("w+b") as file:
-            file.truncate(4 * PAGE_SIZE)
-            self.of(apart, ["copy", "replace", "wake"], flags=sc.MAP_SHARED, fd=file.fileno())
-
     def test_untouched_parts_are_not_copied(self, apart: Apart) -> None:
         def work() -> None:
             put(0, 8)
@@ -219,7 +199,7 @@ class TestSteps:
         apart(work)
 
     def test_no_copy_is_longer_than_a_system_call_writes(self, apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_MOST_AT_ONCE", 3 * PAGE_SIZE)
+        monkeypatch.setattr(arming, "_MOST_AT_ONCE", 3 * PAGE_SIZE)
         self.of(apart, ["arm", "move aside", "copy", "copy", "replace", "wake"])
 
 
@@ -336,42 +316,18 @@ class TestHandOver:
 
         apart(work)
 
-    @pytest.mark.parametrize("flags", [sc.MAP_SHARED, sc.MAP_PRIVATE])
-    @pytest.mark.parametrize("where", ["memory", "disk"])
-    def test_a_file_keeps_what_it_held(self, apart: Apart, tmp_path: Path, flags: int, where: str) -> None:
-        def work() -> None:
-            fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT) if where == "disk" else os.memfd_create("file")
-            os.ftruncate(fd, 4 * PAGE_SIZE)
-            os.pwrite(fd, b"from the file", 2 * PAGE_SIZE)
-            put(3, 3, RW, flags, fd, offset=1)
-            write(3, b"stored")
-            backing = new_file()
-            take().hand_over(backing, None)
-            assert os.pread(backing, 6, 3 * PAGE_SIZE) == b"stored"
-            assert read(4, 13) == b"from the file"
-            write(4, b"later")
-            assert os.pread(backing, 5, 4 * PAGE_SIZE) == b"later"
-            assert os.pread(fd, 5, 2 * PAGE_SIZE) == b"from "
-            assert os.pread(fd, 6, PAGE_SIZE) == (b"stored" if flags == sc.MAP_SHARED else bytes(6))
-
-        apart(work)
-
 
 class TestFailure:
     """Memory then holds what it held."""
 
     @pytest.mark.parametrize("prot", [RW, sc.PROT_READ, sc.PROT_WRITE, sc.PROT_NONE])
-    @pytest.mark.parametrize("kind", ["private", "shared", "a file"])
+    @pytest.mark.parametrize("kind", ["private", "shared"])
     @pytest.mark.parametrize("limit", [0, 5])
     def test_while_copying(
-        self, apart: Apart, left_over: Callable[[], list[int]], tmp_path: Path, limit: int, kind: str, prot: int
+        self, apart: Apart, left_over: Callable[[], list[int]], limit: int, kind: str, prot: int
     ) -> None:
         def work() -> None:
-            fd = -1
-            if kind == "a file":
-                fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-                os.ftruncate(fd, 6 * PAGE_SIZE)
-            put(2, 6, RW, {"private": PRIVATE, "shared": SHARED, "a file": sc.MAP_SHARED}[kind], fd)
+            put(2, 6, RW, PRIVATE if kind == "private" else SHARED)
             for page in range(2, 8):
                 write(page, b"%d" % page)
             sc.mprotect(at(2), 6 * PAGE_SIZE, prot)
@@ -384,7 +340,7 @@ class TestFailure:
             with pytest.raises(OSError, match="donating") as caught:
                 donation.hand_over(backing, None)
             assert caught.value.errno == (errno.EFBIG if limit < 2 else errno.EFAULT)
-            donation.give_gaps_back()
+            donation.give_back()
             assert mapped() == before
             assert left_over() == []
             assert len(os.listdir("/proc/self/fd")) == fds
@@ -435,25 +391,6 @@ class TestFailure:
 
         apart(work)
 
-    def test_a_file_that_ends_before_its_mapping_has_an_errno(self, apart: Apart) -> None:
-        """The copy stops where the file does: that is no success, and no stale error of some other call."""
-
-        def work() -> None:
-            fd = new_file(4)
-            put(0, 4, RW, sc.MAP_SHARED, fd)
-            write(0, b"here")
-            os.ftruncate(fd, 2 * PAGE_SIZE)
-            with pytest.raises(FileExistsError):
-                put(0)  # Leaves an errno behind.
-            with pytest.raises(OSError, match=r"donating") as caught:
-                take().hand_over(new_file(), None)
-            assert caught.value.errno in (errno.EFAULT, errno.EINVAL)
-            assert read(0, 4) == b"here"
-            write(1, b"still ours")
-            assert os.pread(fd, 10, PAGE_SIZE) == b"still ours"
-
-        apart(work)
-
     def test_without_memory_for_the_copy_nothing_is_begun(self, apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_args: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -479,8 +416,8 @@ class TestFailure:
             with pytest.raises(OSError, match="another thread mapped memory into the range meanwhile") as caught:
                 donation.hand_over(new_file(), None)
             assert caught.value.errno == errno.EINVAL
-            donation.give_gaps_back()
-            donation.give_gaps_back()
+            donation.give_back()
+            donation.give_back()
             assert mapped() == [(4, 2, RW, ""), (20, 1, RW, "")]
             assert read(20, 8) == b"newcomer"
 
@@ -493,7 +430,7 @@ class TestFailure:
             donation = take()
             with Path("/dev/null").open() as null, pytest.raises(OSError, match=os.strerror(errno.ENOTTY)):
                 donation.hand_over(new_file(), null.fileno())
-            donation.give_gaps_back()
+            donation.give_back()
             assert mapped() == [(4, 2, RW, "")]
             assert read(4, 4) == b"here"
 

@@ -115,6 +115,7 @@ class TestOwnMappings:
         fd = os.memfd_create("named memory")
         os.ftruncate(fd, 8 * PAGE_SIZE)
         inode = os.fstat(fd).st_ino
+        device = f"{os.major(os.fstat(fd).st_dev):02x}:{os.minor(os.fstat(fd).st_dev):02x}"
         hole = memory(16, sc.PROT_NONE)
         sc.munmap(hole, 16 * PAGE_SIZE)
         expected = []
@@ -130,7 +131,9 @@ class TestOwnMappings:
             at = hole + 2 * number * PAGE_SIZE
             sc.mmap(at, PAGE_SIZE, prot, flags | sc.MAP_FIXED_NOREPLACE, fd)
             shared = flags == sc.MAP_SHARED
-            expected.append(Mapping(at, at + PAGE_SIZE, prot, shared, inode, "/memfd:named memory (deleted)"))
+            expected.append(
+                Mapping(at, at + PAGE_SIZE, prot, shared, inode, "/memfd:named memory (deleted)", 0, device)
+            )
         os.close(fd)
         assert sc.own_mappings(hole, hole + 16 * PAGE_SIZE) == expected
         sc.mmap(hole, 16 * PAGE_SIZE, sc.PROT_NONE, PRIVATE | sc.MAP_FIXED)
@@ -169,6 +172,61 @@ class TestOwnMappings:
         finally:
             sc.munmap(start, PAGE_SIZE)
 
+    def test_what_of_a_file_it_shows(self, memory: Callable[..., int]) -> None:
+        fd = os.memfd_create("it")
+        os.ftruncate(fd, 8 * PAGE_SIZE)
+        start = memory(4, RW, sc.MAP_SHARED, fd)
+        sc.mmap(start, 4 * PAGE_SIZE, RW, sc.MAP_SHARED | sc.MAP_FIXED, fd, 3 * PAGE_SIZE)
+        os.close(fd)
+        (found,) = sc.own_mappings(start, start + 1)
+        assert found.offset == 3 * PAGE_SIZE
+        part = found.clipped(start + PAGE_SIZE, start + 100 * PAGE_SIZE)
+        assert (part.start, part.end, part.offset) == (start + PAGE_SIZE, found.end, 4 * PAGE_SIZE)
+        part = found.clipped(0, start + PAGE_SIZE)
+        assert (part.start, part.end, part.offset) == (start, start + PAGE_SIZE, 3 * PAGE_SIZE)
+
+    @pytest.mark.parametrize(
+        ("how", "prot", "flags", "expected"),
+        [
+            (os.O_RDWR, RW, sc.MAP_SHARED, True),
+            (os.O_RDWR, sc.PROT_READ, sc.MAP_SHARED, True),
+            (os.O_RDWR, sc.PROT_NONE, sc.MAP_SHARED, True),
+            (os.O_RDONLY, sc.PROT_READ, sc.MAP_SHARED, False),
+            (os.O_RDONLY, sc.PROT_NONE, sc.MAP_SHARED, False),
+            (os.O_RDONLY, sc.PROT_READ, sc.MAP_PRIVATE, True),
+        ],
+    )
+    def test_what_could_be_written(
+        self, memory: Callable[..., int], tmp_path: Path, how: int, prot: int, flags: int, expected: bool
+    ) -> None:
+        (tmp_path / "file").write_bytes(bytes(PAGE_SIZE))
+        fd = os.open(tmp_path / "file", how)
+        start = memory(1, prot, flags, fd)
+        os.close(fd)
+        (found,) = sc.own_mappings(start, start + 1)
+        assert sc.may_be_written(found) is expected
+
+
+class TestFiles:
+    """What Python has no name for."""
+
+    def test_punching_gives_pages_back(self) -> None:
+        fd = os.memfd_create("it")
+        os.write(fd, b"x" * 4 * PAGE_SIZE)
+        sc.punch(fd, PAGE_SIZE, 2 * PAGE_SIZE)
+        assert os.pread(fd, 5 * PAGE_SIZE, 0) == b"x" * PAGE_SIZE + bytes(2 * PAGE_SIZE) + b"x" * PAGE_SIZE
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE_SIZE
+        os.close(fd)
+        with pytest.raises(OSError, match="fallocate"):
+            sc.punch(fd, 0, PAGE_SIZE)
+
+    def test_filesystems_have_numbers(self) -> None:
+        fd = os.memfd_create("it")
+        assert sc.filesystem(fd) == 0x01021994
+        os.close(fd)
+        with pytest.raises(OSError, match="fstatfs"):
+            sc.filesystem(fd)
+
 
 class TestPopulated:
     """Which pages hold something."""
@@ -179,6 +237,21 @@ class TestPopulated:
             ((low - start) // PAGE_SIZE, (high - start) // PAGE_SIZE)
             for low, high in sc.populated(start, start + pages * PAGE_SIZE)
         ]
+
+    def test_ones_own_pages_of_a_private_mapping(self, memory: Callable[..., int]) -> None:
+        fd = os.memfd_create("it")
+        os.write(fd, bytes(8 * PAGE_SIZE))
+        start = memory(8, RW, sc.MAP_PRIVATE, fd)
+        os.close(fd)
+        assert ctypes.string_at(start, 8 * PAGE_SIZE) == bytes(8 * PAGE_SIZE)
+        self.touch(start, 1, 2, 5)
+        end = start + 8 * PAGE_SIZE
+        found = [
+            ((low - start) // PAGE_SIZE, (high - start) // PAGE_SIZE)
+            for low, high in sc.populated(start, end, own=True)
+        ]
+        assert found == [(1, 3), (5, 6)]
+        assert self.found(start, 8) == [(0, 8)]
 
     def touch(self, start: int, *numbers: int) -> None:
         for number in numbers:

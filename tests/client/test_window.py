@@ -261,6 +261,17 @@ class TestUserfaultfd:
         window.make_userfaultfd(None)
         assert window.anchor == anchor
 
+    def test_leaving_it_is_leaving_what_is_mapped_there(self, new_window: Callable[..., Window], backing: int) -> None:
+        window = new_window()
+        window.map(backing)
+        window.make_userfaultfd(None)
+        window.open()
+        window.leave()
+        window.discard()
+        assert (window.is_open, window.userfaultfd) == (False, -1)
+        assert [m.path for m in sc.own_mappings(window.address, window.address + window.size)] != []
+        sc.munmap(window.address, window.size)
+
     def test_discarding_unmaps_whoever_looks_and_once(self, new_window: Callable[..., Window], backing: int) -> None:
         """For windows that were never open: nobody can look."""
         window = new_window()

@@ -11,7 +11,7 @@ from msharefs.dump import KernelFacts
 from msharefs.effects import Arm
 from msharefs.host_mm import HostMm
 from msharefs.perms import PROT_RW, Ownership, Prot
-from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId
+from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId, Unshared
 from msharefs.vma import Arming, FileId, FileSource
 
 BASE = 32 << 40
@@ -199,7 +199,8 @@ def test_smaps_has_sizes_below_each_line() -> None:
 def test_pagetables_counts_levels_from_the_top_and_what_they_cost() -> None:
     shown = region()
     attach(shown, 100, 200, 300)
-    assert dump.pagetables_text(shown) == (
+    stat = attrs.evolve(dump.region_stat(shown, FACTS), table_bytes_kernel=96 << 10, table_bytes_growth=4 << 10)
+    assert dump.pagetables_text(shown, stat) == (
         "level    tables  bytes an entry\n"
         "pgd           1         512 GiB\n"
         "pud           1           1 GiB\n"
@@ -209,7 +210,9 @@ def test_pagetables_counts_levels_from_the_top_and_what_they_cost() -> None:
         "leaves 1 of 2048 kB\n"
         "one set 20 kB\n"
         "a set for each of 3 processes 60 kB\n"
-        "shared by the kernel: no (thp tables are per process)\n"
+        "VmPTE of these processes 96 kB\n"
+        "growth of PageTables since the region was made 4 kB\n"
+        "shared by the kernel: no (page tables are per process: the kernel does not share those of thp memory)\n"
     )
 
 
@@ -258,6 +261,7 @@ def test_stat_has_a_line_for_each_field() -> None:
         "huge_bytes 2097152\n"
         "note beware\n"
         "note page tables are per process: the kernel does not share those of thp memory\n"
+        "table_bytes_growth 0\n"
     )
 
 
@@ -293,3 +297,39 @@ def test_labels_are_escaped_and_always_utf_8(name: str, label: str) -> None:
     text = dump.metrics_text([stat])
     assert f'msharefs_region_vmas{{region="{label}"}} 3\n' in text
     assert text.encode()
+
+
+class TestSharing:
+    """Whether the kernel shares page tables, and what is told of it."""
+
+    def test_of_hugetlb_memory_until_stores_have_to_be_seen(self) -> None:
+        shown = region(backing=BackingKind.HUGETLB)
+        attach(shown, 100, 200)
+        assert shown.tables_shared
+        assert dump.sharing(shown) == "page tables are shared by the kernel"
+        shown.unshared = Unshared("2026-01-01T00:00:00+00:00", "stores have to be seen")
+        stat = dump.region_stat(shown, FACTS)
+        assert not stat.tables_shared
+        assert stat.notes[-1] == "page tables are per process since 2026-01-01T00:00:00+00:00: stores have to be seen"
+
+    def test_read_only_windows_have_tables_of_their_own(self) -> None:
+        shown = region(backing=BackingKind.HUGETLB)
+        attach(shown, 100)
+        shown.attachments[AttachmentId(9)] = Attachment(AttachmentId(9), 300, shown.ar, readonly=True)
+        assert dump.sharing(shown) == "page tables are shared by the kernel, but not with 1 read-only windows"
+
+    @pytest.mark.parametrize(
+        ("backing", "huge", "told"),
+        [
+            (BackingKind.THP, PMD_SIZE, False),
+            (BackingKind.THP, 0, True),
+            (BackingKind.SMALL, 0, False),
+        ],
+    )
+    def test_of_thp_memory_it_is_told_what_is_not_mapped_by_large_entries(
+        self, backing: BackingKind, huge: int, told: bool
+    ) -> None:
+        shown = region(backing=backing)
+        attach(shown, 100)
+        facts = KernelFacts(resident=PMD_SIZE + PAGE_SIZE, huge=huge)
+        assert any("madvise(COLLAPSE)" in note for note in dump.region_stat(shown, facts).notes) == told

@@ -28,8 +28,6 @@ from msharefs.vma import Arming, FileId, FileSource, Vma
 SIZE = 13
 """Pages of the region."""
 ALL = frozenset(range(SIZE))
-START = Address((32 << 40) + PMD_SIZE - 8 * PAGE_SIZE)
-"""The 8 first pages lie under one leaf table, the rest under the next."""
 PAGES = st.integers(0, SIZE - 1)
 PROTS = st.sampled_from([PROT_RW, PROT_RW, Prot.READ, Prot.NONE, Prot.WRITE])
 
@@ -44,12 +42,22 @@ def spans(draw: st.DrawFn) -> range:
     return range(first, min(first + draw(st.sampled_from([1, 2, 3, 5, SIZE])), SIZE))
 
 
-def ar_of(span: range) -> AddrRange:
-    return AddrRange.sized(START + span.start * PAGE_SIZE, len(span) * PAGE_SIZE)
+@attrs.frozen
+class Scale:
+    """Where pages lie, by the size of them."""
 
+    page: int
 
-def pages_of(ar: AddrRange) -> range:
-    return range((ar.start - START) // PAGE_SIZE, (ar.end - START) // PAGE_SIZE)
+    @property
+    def start(self) -> Address:
+        """The 8 first pages lie under one of the lowest tables, the rest under the next."""
+        return Address((32 << 40) + (512 - 8) * self.page)
+
+    def ar_of(self, span: range) -> AddrRange:
+        return AddrRange.sized(self.start + span.start * self.page, len(span) * self.page)
+
+    def pages_of(self, ar: AddrRange) -> range:
+        return range((ar.start - self.start) // self.page, (ar.end - self.start) // self.page)
 
 
 def written_first(where: FilePage) -> int:
@@ -59,15 +67,12 @@ def written_first(where: FilePage) -> int:
 
 @attrs.frozen
 class Page:
-    """What a page was asked to be, and what a reader must see there."""
+    """What a page was asked to be, what a reader must see there, and what of which file it shows."""
 
     prot: Prot
     content: int = 0
     source: FileSource | None = None
-
-    @property
-    def where(self) -> FilePage | None:
-        return None if self.source is None else (self.source.file, self.source.offset // PAGE_SIZE)
+    where: FilePage | None = None
 
     @property
     def shared(self) -> bool:
@@ -92,21 +97,24 @@ def anonymous(asked: Asked) -> set[int]:
 class Attached:
     """What is armed in one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
         self.missing: set[int] = set()
         self.protected: set[int] = set()
 
     def arm(self, ar: AddrRange, arming: Arming) -> None:
         for bit, reported in ((Arming.MISSING, self.missing), (Arming.WP, self.protected)):
-            (reported.update if arming & bit else reported.difference_update)(pages_of(ar))
+            (reported.update if arming & bit else reported.difference_update)(self.scale.pages_of(ar))
 
 
 class Kernel:
     """Attachments, memory, stash and files; carries out effects, and nothing else changes a file."""
 
-    def __init__(self, granule: int) -> None:
+    def __init__(self, scale: Scale, granule: int) -> None:
+        self.pages_of = scale.pages_of
+        self.page = scale.page
         self.granule = granule
-        self.attached = [Attached(), Attached()]
+        self.attached = [Attached(scale), Attached(scale)]
         self.memory: dict[int, int] = {}
         self.stash: dict[int, int] = {}
         self.files: dict[FilePage, int] = {}
@@ -137,17 +145,17 @@ class Kernel:
                     by.arm(ar, arming)
             case Protect(ar):
                 for by in self.attached:
-                    by.protected |= set(pages_of(ar))
+                    by.protected |= set(self.pages_of(ar))
             case Punch(ar):
-                for page in pages_of(ar):
+                for page in self.pages_of(ar):
                     self.memory.pop(page, None)
                     self.stash.pop(page, None)
             case Stash(ar):
-                self.stash.update({page: self.memory.pop(page) for page in pages_of(ar) if page in self.memory})
+                self.stash.update({page: self.memory.pop(page) for page in self.pages_of(ar) if page in self.memory})
             case Unstash(ar):
-                self.memory.update({page: self.stash.pop(page) for page in pages_of(ar) if page in self.stash})
+                self.memory.update({page: self.stash.pop(page) for page in self.pages_of(ar) if page in self.stash})
             case WriteBack(ar, file, offset):
-                for number, page in enumerate(pages_of(ar), offset // PAGE_SIZE):
+                for number, page in enumerate(self.pages_of(ar), offset // self.page):
                     self.files[file, number] = self.memory[page]
 
 
@@ -163,11 +171,13 @@ class Reading:
 class HostMmFilesMachine(RuleBasedStateMachine):
     """Any calls on anonymous memory and files, any touches by two processes, in any order."""
 
-    @initialize(granule=st.sampled_from([1, 4]), paging_all=st.booleans())
-    def create(self, granule: int, paging_all: bool) -> None:
-        region = ar_of(range(SIZE))
-        self.mm = HostMm(region, granule=granule * PAGE_SIZE, paging_all=paging_all)
-        self.kernel = Kernel(granule)
+    @initialize(page=st.sampled_from([PAGE_SIZE, PMD_SIZE]), granule=st.sampled_from([1, 4]), paging_all=st.booleans())
+    def create(self, page: int, granule: int, paging_all: bool) -> None:
+        scale = Scale(page)
+        self.page, self.start, self.ar_of, self.pages_of = scale.page, scale.start, scale.ar_of, scale.pages_of
+        region = self.ar_of(range(SIZE))
+        self.mm = HostMm(region, page=page, granule=granule * page, paging_all=paging_all)
+        self.kernel = Kernel(scale, granule)
         self.kernel.carry_out(Arm(region, Arming.MISSING))
         self.asked: Asked = {}
         self.files: dict[FilePage, int] = {}
@@ -189,7 +199,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
     @rule(span=spans(), prot=PROTS, offset=st.integers(0, 9), shared=st.booleans(), may_write=st.booleans())
     def mmap_file(self, span: range, prot: Prot, offset: int, shared: bool, may_write: bool) -> None:
         """Map a file that the region has not seen yet."""
-        self.map_source(span, prot, FileSource(FileId(next(self.numbers)), offset * PAGE_SIZE, shared, may_write))
+        self.map_source(span, prot, FileSource(FileId(next(self.numbers)), offset * self.page, shared, may_write))
 
     @rule(count=st.integers(1, 9), at=st.none() | PAGES, data=st.data())
     def mmap_more_of_a_file(self, count: int, at: int | None, data: st.DataObject) -> None:
@@ -200,9 +210,9 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         vma = data.draw(st.sampled_from(shown))
         source = vma.source_at(vma.ar.end)
         assert source is not None
-        first = pages_of(vma.ar).stop if at is None else at
+        first = self.pages_of(vma.ar).stop if at is None else at
         span = range(first, min(first + count, SIZE))
-        number = source.offset // PAGE_SIZE
+        number = source.offset // self.page
         wanted = {(int(source.file), number + n) for n in range(len(span))}
         if span and not wanted & {page.where for page in self.asked.values()}:
             self.map_source(span, vma.prot, source)
@@ -210,13 +220,13 @@ class HostMmFilesMachine(RuleBasedStateMachine):
     def map_source(self, span: range, prot: Prot, source: FileSource) -> None:
         new: Asked = {}
         for number, page in enumerate(span):
-            at = attrs.evolve(source, offset=source.offset + number * PAGE_SIZE)
-            where = (int(at.file), at.offset // PAGE_SIZE)
-            new[page] = Page(prot, self.files.get(where, written_first(where)), at)
+            at = attrs.evolve(source, offset=source.offset + number * self.page)
+            where = (int(at.file), at.offset // self.page)
+            new[page] = Page(prot, self.files.get(where, written_first(where)), at, where)
         self.mmap(span, new, prot, source)
 
     def mmap(self, span: range, new: Asked, prot: Prot, source: FileSource | None) -> None:
-        ar = ar_of(span)
+        ar = self.ar_of(span)
         if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
             with pytest.raises(AccessDeniedError):
                 self.mm.mmap(ar, ar.size, prot, fixed=True, replace=True, source=source)
@@ -227,7 +237,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
     @rule(span=spans())
     def munmap(self, span: range) -> None:
         before, self.asked = self.asked, {n: page for n, page in self.asked.items() if n not in span}
-        self.follow(before, self.mm.munmap(ar_of(span)))
+        self.follow(before, self.mm.munmap(self.ar_of(span)))
 
     @rule(span=spans(), prot=PROTS)
     def mprotect(self, span: range, prot: Prot) -> None:
@@ -239,11 +249,11 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             error = AccessDeniedError
         if error is not None:
             with pytest.raises(error):
-                self.mm.mprotect(ar_of(span), prot)
+                self.mm.mprotect(self.ar_of(span), prot)
             return
         before, new = self.asked, {page: attrs.evolve(self.asked[page], prot=prot) for page in span}
         self.asked = {**self.asked, **new}
-        self.follow(before, self.mm.mprotect(ar_of(span), prot))
+        self.follow(before, self.mm.mprotect(self.ar_of(span), prot))
 
     @rule(span=spans())
     def madvise_remove(self, span: range) -> None:
@@ -256,21 +266,21 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             error = NotSupportedError
         if error is not None:
             with pytest.raises(error):
-                self.mm.madvise_remove(ar_of(span))
+                self.mm.madvise_remove(self.ar_of(span))
             return
         before, new = self.asked, {page: attrs.evolve(self.asked[page], content=0) for page in span}
         self.asked = {**self.asked, **new}
-        self.follow(before, self.mm.madvise_remove(ar_of(span)))
+        self.follow(before, self.mm.madvise_remove(self.ar_of(span)))
 
     @rule(span=spans())
     def write_back(self, span: range) -> None:
-        self.follow(self.asked, self.mm.write_back(ar_of(span)))
-        assert self.mm.dirty(ar_of(span)) == []
+        self.follow(self.asked, self.mm.write_back(self.ar_of(span)))
+        assert self.mm.dirty(self.ar_of(span)) == []
 
     @rule(span=spans(), stores=st.lists(st.tuples(PAGES, st.integers(0, 1)), max_size=4))
     def write_back_while_others_store(self, span: range, stores: list[tuple[int, int]]) -> None:
         """As msync does it: protect all at once, then copy run by run, stores between the copies."""
-        effects = self.mm.write_back(ar_of(span))
+        effects = self.mm.write_back(self.ar_of(span))
         for effect in effects:
             if isinstance(effect, Protect):
                 self.kernel.carry_out(effect)
@@ -314,7 +324,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
 
     def run_access(self, page: int, access: Access, by: Attached) -> Signal | None:
         for _ in range(3):
-            addr = Address(START + page * PAGE_SIZE + 16)
+            addr = Address(self.start + page * self.page + 16)
             if page in by.missing and page not in self.kernel.memory:
                 signal = self.serve(Fault(addr, access), by)
             elif access is Access.WRITE and page in by.protected:
@@ -333,7 +343,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         resolution = self.mm.fault(fault)
         match resolution.effect:
             case Allow(ar):
-                by.protected -= set(pages_of(ar))
+                by.protected -= set(self.pages_of(ar))
             case Fill(ar, file, offset):
                 vma = self.mm.vmas.find(fault.addr)
                 assert vma is not None
@@ -342,7 +352,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
                 assert (source.file, source.offset) == (file, offset)
                 self.read(vma, ar)
             case ZeroFill(ar, protected):
-                (page,) = pages_of(ar)
+                (page,) = self.pages_of(ar)
                 if page not in self.kernel.memory:
                     self.kernel.memory[page] = 0
                     if not protected:
@@ -352,16 +362,16 @@ class HostMmFilesMachine(RuleBasedStateMachine):
     @rule(page=PAGES, access=st.sampled_from(Access), process=st.integers(0, 1))
     def late_fault(self, page: int, access: Access, process: int) -> None:
         """A fault is decided after the reason for it is gone; what it has read of a file arrives when it likes."""
-        self.serve(Fault(Address(START + page * PAGE_SIZE), access), self.kernel.attached[process])
+        self.serve(Fault(Address(self.start + page * self.page), access), self.kernel.attached[process])
 
     def read(self, vma: Vma, page: AddrRange) -> None:
         """Read a page and its neighbours, as far as the mapping reaches."""
-        piece = AddrRange.page_at(page.start, 2 * PAGE_SIZE).intersect(vma.ar)
+        piece = AddrRange.page_at(page.start, 2 * self.page).intersect(vma.ar)
         assert piece is not None
         source = vma.source_at(piece.start)
         assert source is not None
-        first = source.offset // PAGE_SIZE
-        data = [self.kernel.in_file((int(source.file), first + n)) for n in range(piece.size // PAGE_SIZE)]
+        first = source.offset // self.page
+        data = [self.kernel.in_file((int(source.file), first + n)) for n in range(piece.size // self.page)]
         self.readings.append(Reading(piece, source, data))
 
     @rule()
@@ -376,14 +386,14 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         if not vma.prot & PROT_RW:
             return
         there = self.installed()
-        for page, content in zip(pages_of(reading.ar), reading.data, strict=True):
+        for page, content in zip(self.pages_of(reading.ar), reading.data, strict=True):
             if page not in there:
                 self.kernel.memory.setdefault(page, content)
-                self.mm.filled(ar_of(range(page, page + 1)))
+                self.mm.filled(self.ar_of(range(page, page + 1)))
 
     @rule(process=st.integers(0, 1))
     def attach_anew(self, process: int) -> None:
-        other = Attached()
+        other = Attached(self.kernel.attached[process].scale)
         for ar, arming in self.mm.armings():
             other.arm(ar, arming)
         assert other.missing == self.kernel.attached[process].missing
@@ -395,7 +405,9 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         present = self.present if late else set(self.kernel.memory)
         self.told_late = present - self.kernel.memory.keys()
         dirty = self.mm.dirty(self.mm.ar)
-        self.mm.sync((ar_of(range(page, page + 1)) for page in sorted(present)), huge=huge)
+        self.mm.sync(
+            (self.ar_of(range(page, page + 1)) for page in sorted(present)), huge=huge or self.page > PAGE_SIZE
+        )
         assert self.mm.dirty(self.mm.ar) == dirty
         self.present = set(self.kernel.memory)
 
@@ -405,12 +417,14 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         """Carry the effects out; on the way, every page follows the old rule or the new one and no store is lost."""
         files = {page.where for page in before.values() if page.shared}
         for effect in effects:
-            kept_out = pages_of(effect.ar) if isinstance(effect, Stash | WriteBack) else ()
+            kept_out = self.pages_of(effect.ar) if isinstance(effect, Stash | WriteBack) else ()
             assert not self.kernel.storable().intersection(kept_out), "a store during the copy is lost"
             if isinstance(effect, Punch):
                 new = self.kernel.storable() - writable(before)
-                assert not new.intersection(pages_of(effect.ar)), "a store into the new mapping is freed with the old"
-                shown = {before[page].where for page in pages_of(effect.ar) if page in before} & files
+                assert not new.intersection(self.pages_of(effect.ar)), (
+                    "a store into the new mapping is freed with the old"
+                )
+                shown = {before[page].where for page in self.pages_of(effect.ar) if page in before} & files
                 assert all(self.kernel.in_file(w) == self.files.get(w, written_first(w)) for w in shown if w)
                 # A daemon that read pages of a file before they were given back must read them again.
                 self.readings = [r for r in self.readings if not r.ar.overlaps(effect.ar)]
@@ -432,10 +446,10 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             assert not self.kernel.stash.keys() & set(granule), "zeros come before the contents are back"
 
     def installed(self) -> set[int]:
-        return {page for run, _ in self.mm.table.runs(self.mm.ar) for page in pages_of(run)}
+        return {page for run, _ in self.mm.table.runs(self.mm.ar) for page in self.pages_of(run)}
 
     def dirty(self) -> set[int]:
-        return {page for run in self.mm.dirty(self.mm.ar) for page in pages_of(run)}
+        return {page for run in self.mm.dirty(self.mm.ar) for page in self.pages_of(run)}
 
     @invariant()
     def its_own_checker_agrees(self) -> None:
@@ -449,8 +463,8 @@ class HostMmFilesMachine(RuleBasedStateMachine):
 
     def pages_of_vmas(self) -> Iterator[tuple[int, tuple[Prot, FileSource | None]]]:
         for vma in self.mm.vmas:
-            for page in pages_of(vma.ar):
-                yield page, (vma.prot, vma.source_at(Address(START + page * PAGE_SIZE)))
+            for page in self.pages_of(vma.ar):
+                yield page, (vma.prot, vma.source_at(Address(self.start + page * self.page)))
 
     @invariant()
     def a_reader_sees_the_last_store(self) -> None:

@@ -26,10 +26,10 @@ from msharefs.perms import PROT_RW, Access, Prot
 from msharefs.vma import Arming, Vma
 
 SIZE = 2 * 512 + 5
-"""Pages of the region: two PMDs and a bit."""
+"""Pages of the region: two tables of them and a bit."""
 ALL = frozenset(range(SIZE))
-BASE = 65 * PGDIR_SIZE - PMD_SIZE
-"""The first 2 MiB lie under one entry of the top table, the rest under the next."""
+BORDER = 65 * PGDIR_SIZE
+"""The first table's pages lie under one entry of the top table, the rest under the next."""
 
 CORNERS = [0, 1, 2, 3, 509, 510, 511, 512, 513, 1021, 1023, 1024, 1025, SIZE - 1]
 PAGES = st.sampled_from(CORNERS) | st.integers(0, SIZE - 1)
@@ -41,6 +41,18 @@ def spans(draw: st.DrawFn) -> range:
     """Some pages in a row, with an end at a border of tables more often than not."""
     one, other = draw(PAGES), draw(PAGES)
     return range(min(one, other), max(one, other) + 1)
+
+
+@attrs.frozen
+class Kind:
+    """Size of the pages, how many of them come together, and how many the region starts beside a border of tables."""
+
+    page: int
+    granule: int
+    off: int = 0
+
+
+KINDS = [Kind(PAGE_SIZE, 1), Kind(PAGE_SIZE, 1, 3), Kind(PAGE_SIZE, 512), Kind(PMD_SIZE, 512)]
 
 
 @attrs.define
@@ -74,12 +86,12 @@ class Asked:
             self.prots.pop(page, None)
             self.contents.pop(page, None)
 
-    def lowest_gap(self, count: int, align: int, first_address: int) -> range | None:
-        """Free pages in a row, counted from above."""
+    def lowest_gap(self, count: int, align: int, first: int) -> range | None:
+        """Free pages in a row, counted from above; numbers of pages that start at a multiple of ``align``."""
         free, found = 0, None
         for page in reversed(range(SIZE)):
             free = 0 if page in self.prots else free + 1
-            if free >= count and (first_address + page * PAGE_SIZE) % align == 0:
+            if free >= count and (first + page) % align == 0:
                 found = range(page, page + count)
         return found
 
@@ -97,8 +109,9 @@ class Asked:
 class Kernel:
     """One attachment's view of the region: what is armed, what memory there is, and what waits in the stash."""
 
-    def __init__(self, start: Address, granule: int) -> None:
+    def __init__(self, start: Address, page: int, granule: int) -> None:
         self.start = start
+        self.page = page
         self.granule = granule
         """Pages that come together where the kernel fills memory itself; what the daemon fills comes alone."""
         self.missing: set[int] = set()
@@ -109,7 +122,7 @@ class Kernel:
         self.stash: dict[int, int] = {}
 
     def pages_of(self, ar: AddrRange) -> set[int]:
-        return set(range((ar.start - self.start) // PAGE_SIZE, (ar.end - self.start) // PAGE_SIZE))
+        return set(range((ar.start - self.start) // self.page, (ar.end - self.start) // self.page))
 
     def readable(self) -> set[int]:
         """Pages that a process may read without anybody being asked."""
@@ -164,7 +177,7 @@ class Kernel:
 
     def fault(self, page: int, access: Access) -> Fault | None:
         """What a touch makes the kernel report; None when it is served at once."""
-        addr = Address(self.start + page * PAGE_SIZE + 16)
+        addr = Address(self.start + page * self.page + 16)
         if page in self.missing and page not in self.memory:
             return Fault(addr, access)
         if access is Access.WRITE and page in self.protected:
@@ -176,21 +189,19 @@ class HostMmMachine(RuleBasedStateMachine):
     """Any calls, any touches, in any order."""
 
     @initialize(
-        granule_and_off=st.sampled_from([(1, 0), (1, 3 * PAGE_SIZE), (512, 0)]),
+        kind=st.sampled_from(KINDS),
         levels=st.sampled_from([4, 5]),
         paging_all=st.booleans(),
         hole_signal=st.sampled_from(Signal),
         mapped=st.booleans(),
     )
-    def create(
-        self, granule_and_off: tuple[int, int], levels: int, paging_all: bool, hole_signal: Signal, mapped: bool
-    ) -> None:
-        granule, off = granule_and_off
-        ar = AddrRange.sized(BASE + off, SIZE * PAGE_SIZE)
+    def create(self, kind: Kind, levels: int, paging_all: bool, hole_signal: Signal, mapped: bool) -> None:
+        self.page = kind.page
+        ar = AddrRange.sized(BORDER + (kind.off - 512) * kind.page, SIZE * kind.page)
         options: dict[str, Any] = {"levels": levels, "paging_all": paging_all, "hole_signal": hole_signal}
-        self.mm = HostMm(ar, granule=granule * PAGE_SIZE, **options)
+        self.mm = HostMm(ar, page=kind.page, granule=kind.granule * kind.page, **options)
         self.asked = Asked({}, {})
-        self.kernel = Kernel(ar.start, granule)
+        self.kernel = Kernel(ar.start, kind.page, kind.granule)
         self.unstashed: set[int] = set()
         self.tokens = itertools.count(1)
         if mapped:
@@ -200,7 +211,7 @@ class HostMmMachine(RuleBasedStateMachine):
             self.kernel.arm(part, arming)
 
     def ar(self, span: range) -> AddrRange:
-        return AddrRange.sized(self.mm.ar.start + span.start * PAGE_SIZE, len(span) * PAGE_SIZE)
+        return AddrRange.sized(self.mm.ar.start + span.start * self.page, len(span) * self.page)
 
     # The calls.
 
@@ -218,19 +229,20 @@ class HostMmMachine(RuleBasedStateMachine):
     @rule(span=spans(), prot=PROTS)
     def mmap_with_a_hint(self, span: range, prot: Prot) -> None:
         taken = self.asked.prots.keys() & span
-        self.mmap_somewhere(self.ar(span), len(span), PAGE_SIZE, prot, span if not taken else None)
+        self.mmap_somewhere(self.ar(span), len(span), 1, prot, span if not taken else None)
 
     @rule(count=st.sampled_from([1, 2, 510, 512, 513]), huge=st.booleans(), prot=PROTS)
     def mmap_anywhere(self, count: int, huge: bool, prot: Prot) -> None:
-        self.mmap_somewhere(None, count, PMD_SIZE if huge else PAGE_SIZE, prot, None)
+        self.mmap_somewhere(None, count, 512 if huge else 1, prot, None)
 
     def mmap_somewhere(self, hint: AddrRange | None, count: int, align: int, prot: Prot, wanted: range | None) -> None:
-        span = wanted or self.asked.lowest_gap(count, align, self.mm.ar.start)
+        span = wanted or self.asked.lowest_gap(count, align, self.mm.ar.start // self.page)
+        size, align = count * self.page, align * self.page
         if span is None:
             with pytest.raises(NoMemoryError):
-                self.mm.mmap(hint, count * PAGE_SIZE, prot, align=align)
+                self.mm.mmap(hint, size, prot, align=align)
             return
-        place, effects = self.mm.mmap(hint, count * PAGE_SIZE, prot, align=align)
+        place, effects = self.mm.mmap(hint, size, prot, align=align)
         assert place == self.ar(span)
         self.mapped(span, prot, effects)
 
@@ -306,14 +318,14 @@ class HostMmMachine(RuleBasedStateMachine):
     @rule(page=PAGES, access=st.sampled_from(Access))
     def late_fault(self, page: int, access: Access) -> None:
         """A fault is decided after the reason for it is gone."""
-        addr = Address(self.mm.ar.start + page * PAGE_SIZE)
+        addr = Address(self.mm.ar.start + page * self.page)
         self.kernel.carry_out(self.mm.fault(Fault(addr, access)).effect)
 
     @rule(huge=st.booleans())
     def sync(self, huge: bool) -> None:
         """Somebody asks for the tables: after that they hold what the kernel holds."""
         present = Asked(dict.fromkeys(self.kernel.memory, 0), {}).runs()
-        self.mm.sync((self.ar(span) for span, _ in present), huge=huge)
+        self.mm.sync((self.ar(span) for span, _ in present), huge=huge or self.page > PAGE_SIZE)
         assert self.installed() == self.kernel.memory.keys()
 
     # What must hold.
@@ -376,7 +388,7 @@ class HostMmMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_new_attachment_is_armed_like_the_old(self) -> None:
-        other = Kernel(self.mm.ar.start, self.kernel.granule)
+        other = Kernel(self.mm.ar.start, self.page, self.kernel.granule)
         for ar, arming in self.mm.armings():
             other.arm(ar, arming)
         assert (other.missing, other.protected) == (self.kernel.missing, self.kernel.protected)

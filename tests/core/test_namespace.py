@@ -143,12 +143,30 @@ class TestCreate:
         assert mm.hole_signal is Signal.SIGSEGV
 
     @pytest.mark.parametrize(
-        ("backing", "granule"),
-        [(BackingKind.SMALL, PAGE_SIZE), (BackingKind.THP, PMD_SIZE), (BackingKind.HUGETLB, PMD_SIZE)],
+        ("backing", "page", "granule"),
+        [
+            (BackingKind.SMALL, PAGE_SIZE, PAGE_SIZE),
+            (BackingKind.THP, PAGE_SIZE, PMD_SIZE),
+            (BackingKind.HUGETLB, PMD_SIZE, PUD_SIZE),
+        ],
     )
-    def test_its_backing_decides_what_comes_at_one_fault(self, backing: BackingKind, granule: int) -> None:
-        region = namespace().create("a", None, PMD_SIZE, 0o600, backing, ANN)
-        assert (region.backing, region.mm.granule) == (backing, granule)
+    def test_its_backing_decides_what_comes_at_one_fault(self, backing: BackingKind, page: int, granule: int) -> None:
+        region = namespace().create("a", None, PUD_SIZE, 0o600, backing, ANN)
+        assert (region.backing, region.mm.page, region.mm.granule) == (backing, page, granule)
+
+    @pytest.mark.parametrize(
+        ("addr", "size"), [(None, PMD_SIZE), (None, 3 * PUD_SIZE // 2), ((32 << 40) + PMD_SIZE, PUD_SIZE)]
+    )
+    def test_shared_tables_want_whole_ones(self, addr: int | None, size: int) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"multiples of 0x40000000 \(backing hugetlb"):
+            namespace().create("a", addr, size, 0o600, BackingKind.HUGETLB, ANN)
+
+    def test_so_does_a_window_elsewhere(self) -> None:
+        ns = namespace()
+        region = ns.create("a", None, PUD_SIZE, 0o600, BackingKind.HUGETLB, ANN)
+        with pytest.raises(InvalidArgumentError, match="backing hugetlb"):
+            ns.attach(region, region.ar.end + PMD_SIZE, 100, readonly=False)
+        assert ns.attach(region, region.ar.end, 100, readonly=False).window.start == region.ar.end
 
     def test_numbers_are_never_given_twice(self) -> None:
         ns = namespace()

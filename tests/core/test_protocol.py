@@ -117,6 +117,17 @@ class TestWholeMessages:
         vma = {"offset": 0, "length": 4096, "prot": 3, "paged": False, "resident": 0, **field}
         refused({"op": "maps", "vmas": [vma]}, next(iter(field)))
 
+    def test_a_donation_arrives_with_its_files(self) -> None:
+        file = protocol.DonatedFile(descriptor=1, offset=4096, shared=True)
+        parts = (protocol.DonatedRange(0, 4096, 3), protocol.DonatedRange(4096, 4096, 1, file))
+        message = attrs.evolve(CREATE, donated=parts)
+        assert decode(encode(message, 2)) == (message, 2)
+        short = {"offset": 0, "length": 4096, "prot": 3}
+        assert body_of(message)["donated"][0] == short
+        arrived, _ = decode(packet({**body_of(CREATE), "donated": [short]}))
+        assert isinstance(arrived, protocol.Create)
+        assert arrived.donated == parts[:1]
+
     def test_defaults_may_be_left_out(self) -> None:
         assert decode(packet({"op": "get_stat"})) == (protocol.GetStat(None), 0)
 
@@ -230,6 +241,10 @@ class TestBody:
     def test_what_is_no_list_of_texts(self, value: object) -> None:
         refused({**body_of(STAT), "notes": value}, "notes")
 
+    @pytest.mark.parametrize("value", ["", {}, None, 5, ["5"], [None], [1.5], [[1]], [1 << 64]])
+    def test_what_is_no_list_of_addresses(self, value: object) -> None:
+        refused({**body_of(protocol.Mapped(1, 2, 3, (4,))), "staged": value}, "staged")
+
     @pytest.mark.parametrize("value", [[], None, "", {"pte": "1"}, {"pte": 1.0}, {"pte": None}, [["pte", 1]]])
     def test_what_is_no_table_of_numbers(self, value: object) -> None:
         refused({**body_of(STAT), "tables": value}, "tables")
@@ -243,6 +258,11 @@ class TestBody:
         )
         refused({**create, "donated": [{**good, "more": 1}]}, r"extra fields found \(more\) @ \$.donated\[0\]")
         refused({**create, "donated": [5]}, "donated")
+        refused({**create, "donated": [{**good, "file": 1}]}, r"donated\[0\]")
+        file = {"descriptor": 0, "offset": 0, "shared": True}
+        refused({**create, "donated": [{**good, "file": {**file, "shared": 1}}]}, r"donated\[0\]")
+        refused({**create, "donated": [{**good, "file": {**file, "path": "x"}}]}, r"donated\[0\]")
+        refused({**create, "donated": [{**good, "file": {"descriptor": 0, "offset": 0}}]}, r"donated\[0\]")
 
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
     def test_a_key_too_many(self, kind: type[Any]) -> None:

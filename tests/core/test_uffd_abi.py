@@ -72,10 +72,16 @@ class Fork(ctypes.Structure):
     _fields_ = (("ufd", ctypes.c_uint32),)
 
 
+class Remap(ctypes.Structure):
+    """The member remap of struct uffd_msg."""
+
+    _fields_ = (("from", ctypes.c_uint64), ("to", ctypes.c_uint64), ("len", ctypes.c_uint64))
+
+
 class Arg(ctypes.Union):
     """The union of struct uffd_msg; ``reserved`` gives it its size."""
 
-    _fields_ = (("pagefault", PageFault), ("fork", Fork), ("reserved", ctypes.c_uint64 * 3))
+    _fields_ = (("pagefault", PageFault), ("fork", Fork), ("remap", Remap), ("reserved", ctypes.c_uint64 * 3))
 
 
 class Message(ctypes.Structure):
@@ -125,6 +131,7 @@ def test_no_ioctl_number_is_left_unchecked() -> None:
         (abi.WRITEPROTECT_STRUCT, WriteProtect),
         (abi.PAGEFAULT_STRUCT, Message),
         (abi.FORK_STRUCT, Message),
+        (abi.REMAP_STRUCT, Message),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -153,6 +160,8 @@ def test_messages_are_read_as_the_kernel_writes_them() -> None:
     assert abi.PAGEFAULT_STRUCT.unpack(bytes(fault)) == (0x12, 1, 0x7000_1234_5678, 4242)
     fork = Message(event=abi.Event.FORK, arg=Arg(fork=Fork(17)))
     assert abi.FORK_STRUCT.unpack(bytes(fork)) == (0x13, 17)
+    moved = Message(event=abi.Event.REMAP, arg=Arg(remap=Remap(0x1000, 0x7000_1234_5000, 0x2000)))
+    assert abi.REMAP_STRUCT.unpack(bytes(moved)) == (0x14, 0x1000, 0x7000_1234_5000, 0x2000)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +169,7 @@ def test_messages_are_read_as_the_kernel_writes_them() -> None:
     [
         (abi.Feature.PAGEFAULT_FLAG_WP, 0),
         (abi.Feature.EVENT_FORK, 1),
+        (abi.Feature.EVENT_REMAP, 2),
         (abi.Feature.MISSING_HUGETLBFS, 4),
         (abi.Feature.MISSING_SHMEM, 5),
         (abi.Feature.THREAD_ID, 8),

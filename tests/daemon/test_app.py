@@ -448,10 +448,11 @@ class TestStopping:
             assert region.attachments == []
             forgotten.append(region)
 
-        lifetimes: Any = SimpleNamespace(regions=lambda: list(regions), drop=drop, forget=forget)
+        settling = SimpleNamespace(finish=lambda: forgotten.append("all is written"))
+        lifetimes: Any = SimpleNamespace(regions=lambda: list(regions), drop=drop, forget=forget, settling=settling)
         app._release(lifetimes)
         assert dropped == ["a", "b", "c"]
-        assert forgotten == [named]
+        assert forgotten == [named, "all is written"]
 
 
 def test_as_many_descriptors_as_there_may_be(apart: Callable[[Callable[[], object]], None]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mshared import backing as module
 from mshared import landlock, libc, mounts
-from mshared.backing import Backing, BackingStore, MemfdStore, TmpfsStore, extents, punch, resident
+from mshared.backing import Backing, BackingStore, MemfdStore, MountedStore, extents, punch, resident
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.errors import NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
@@ -24,8 +24,8 @@ Apart = Callable[[Callable[[], object]], None]
 
 
 @pytest.fixture
-def tmpfs_store(as_root: None, directory: Path) -> Iterator[TmpfsStore]:
-    store = TmpfsStore(directory, 64 << 20)
+def tmpfs_store(as_root: None, directory: Path) -> Iterator[MountedStore]:
+    store = MountedStore(directory, 64 << 20)
     yield store
     store.close()
 
@@ -124,18 +124,16 @@ class TestBacking:
 class TestMemfdStore:
     """What a daemon without privileges has."""
 
-    def test_small_pages_only(self) -> None:
+    def test_no_huge_pages_on_tmpfs(self) -> None:
         store = MemfdStore()
-        assert store.kinds == (BackingKind.SMALL,)
-        for kind in (BackingKind.THP, BackingKind.HUGETLB):
-            with pytest.raises(NotSupportedError) as caught:
-                store.create(RegionId(1), kind, SIZE)
-            assert str(caught.value) == store.why_not(kind)
+        assert store.kinds == (BackingKind.SMALL, BackingKind.HUGETLB)
+        with pytest.raises(NotSupportedError) as caught:
+            store.create(RegionId(1), BackingKind.THP, SIZE)
+        assert str(caught.value) == store.why_not(BackingKind.THP)
 
     def test_what_cannot_be_had_says_what_can(self) -> None:
         assert "start mshared as root" in MemfdStore().why_not(BackingKind.THP)
-        assert "use one of 4k" in MemfdStore().why_not(BackingKind.THP)
-        assert "hugetlb is not available yet" in MemfdStore().why_not(BackingKind.HUGETLB)
+        assert "use one of 4k, hugetlb" in MemfdStore().why_not(BackingKind.THP)
 
     def test_seals_hold_for_the_daemons_own_descriptor_too(self) -> None:
         backing = MemfdStore().create(RegionId(1), BackingKind.SMALL, SIZE)
@@ -187,13 +185,13 @@ class TestMemfdStore:
 
 
 @pytest.mark.usefixtures("as_root")
-class TestTmpfsStore:
+class TestMountedStore:
     """What a daemon run by root has."""
 
-    def test_huge_pages_and_small_ones(self, tmpfs_store: TmpfsStore) -> None:
+    def test_huge_pages_and_small_ones(self, tmpfs_store: MountedStore) -> None:
         if BackingKind.THP not in tmpfs_store.kinds:
             pytest.skip(f"{tmpfs_store.notes}")
-        assert tmpfs_store.kinds == (BackingKind.THP, BackingKind.SMALL)
+        assert tmpfs_store.kinds == (BackingKind.THP, BackingKind.SMALL, BackingKind.HUGETLB)
         for kind, expected in ((BackingKind.THP, PMD_SIZE), (BackingKind.SMALL, PAGE_SIZE)):
             backing = tmpfs_store.create(RegionId(1), kind, SIZE)
             with mmap.mmap(backing.writable, SIZE) as mapped:
@@ -201,12 +199,26 @@ class TestTmpfsStore:
             assert resident(backing.fd) == expected
             backing.close()
 
-    def test_there_is_no_other_kind(self, tmpfs_store: TmpfsStore) -> None:
-        with pytest.raises(NotSupportedError, match="hugetlb is not available yet; use thp"):
-            tmpfs_store.create(RegionId(1), BackingKind.HUGETLB, SIZE)
+    def test_without_hugetlbfs_there_is_no_such_kind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def no_such_filesystem(_path: Path) -> None:
+            raise OSError(errno.ENODEV, "No such device")
+
+        monkeypatch.setattr(mounts, "mount_hugetlbfs", no_such_filesystem)
+        store = MountedStore(tmp_path, None)
+        try:
+            assert store.kinds == (BackingKind.THP, BackingKind.SMALL)
+            assert store.notes == ("no hugetlbfs (No such device): there is no backing hugetlb",)
+            with pytest.raises(NotSupportedError, match="use one of thp, 4k"):
+                store.create(RegionId(1), BackingKind.HUGETLB, SIZE)
+        finally:
+            store.close()
+        assert "no hugetlbfs" in caplog.text
+        assert list(tmp_path.iterdir()) == []
 
     def test_closing_a_backing_takes_its_name_and_its_memory(
-        self, tmpfs_store: TmpfsStore, open_descriptors: Callable[[], int]
+        self, tmpfs_store: MountedStore, open_descriptors: Callable[[], int]
     ) -> None:
         before, (_, free) = open_descriptors(), tmpfs_store.capacity()
         backing = tmpfs_store.create(RegionId(1), tmpfs_store.kinds[0], SIZE)
@@ -219,17 +231,17 @@ class TestTmpfsStore:
         assert open_descriptors() == before
         assert tmpfs_store.capacity()[1] == free
 
-    def test_closing_a_backing_whose_name_is_gone(self, tmpfs_store: TmpfsStore) -> None:
+    def test_closing_a_backing_whose_name_is_gone(self, tmpfs_store: MountedStore) -> None:
         backing = tmpfs_store.create(RegionId(1), BackingKind.SMALL, SIZE)
         assert backing.path is not None
         backing.path.unlink()
         backing.close()
 
-    def test_capacity_is_what_was_allowed(self, tmpfs_store: TmpfsStore) -> None:
+    def test_capacity_is_what_was_allowed(self, tmpfs_store: MountedStore) -> None:
         assert tmpfs_store.capacity() == (64 << 20, 64 << 20)
 
     def test_without_a_limit_it_is_most_of_the_machine(self, directory: Path) -> None:
-        store = TmpfsStore(directory, None)
+        store = MountedStore(directory, None)
         try:
             total, _ = MemfdStore().capacity()
             assert store.capacity()[0] == pytest.approx(0.9 * total, rel=0.001)
@@ -237,7 +249,7 @@ class TestTmpfsStore:
             store.close()
 
     def test_a_file_that_is_there_already_is_not_taken_over(
-        self, tmpfs_store: TmpfsStore, directory: Path, open_descriptors: Callable[[], int]
+        self, tmpfs_store: MountedStore, directory: Path, open_descriptors: Callable[[], int]
     ) -> None:
         (directory / "4k" / "1").write_bytes(b"somebody's")
         before = open_descriptors()
@@ -248,7 +260,7 @@ class TestTmpfsStore:
 
     def test_failing_half_way_leaves_nothing(
         self,
-        tmpfs_store: TmpfsStore,
+        tmpfs_store: MountedStore,
         directory: Path,
         open_descriptors: Callable[[], int],
         monkeypatch: pytest.MonkeyPatch,
@@ -268,7 +280,7 @@ class TestTmpfsStore:
         self, directory: Path, open_descriptors: Callable[[], int]
     ) -> None:
         before = open_descriptors()
-        store = TmpfsStore(directory, 1 << 20)
+        store = MountedStore(directory, 1 << 20)
         assert mounts.mount_at(directory / "4k") is not None
         store.close()
         assert open_descriptors() == before
@@ -276,7 +288,7 @@ class TestTmpfsStore:
         assert list(directory.iterdir()) == []
 
     def test_memory_that_is_mapped_outlives_the_store(self, directory: Path) -> None:
-        store = TmpfsStore(directory, 16 << 20)
+        store = MountedStore(directory, 16 << 20)
         backing = store.create(RegionId(1), BackingKind.SMALL, SIZE)
         mapped = mmap.mmap(backing.writable, SIZE)
         mapped[0] = 5
@@ -297,9 +309,9 @@ class TestTmpfsStore:
             plain(path, options)
 
         monkeypatch.setattr(mounts, "mount_tmpfs", old_kernel)
-        store = TmpfsStore(directory, 1 << 20)
+        store = MountedStore(directory, 1 << 20)
         try:
-            assert store.kinds == (BackingKind.SMALL,)
+            assert store.kinds == (BackingKind.SMALL, BackingKind.HUGETLB)
             assert "no huge pages for tmpfs" in " ".join(store.notes)
             assert store.capacity() == (1 << 20, 1 << 20)
             with pytest.raises(NotSupportedError, match="kernel") as caught:
@@ -322,7 +334,7 @@ class TestTmpfsStore:
 
         monkeypatch.setattr(mounts, "mount_tmpfs", refuse)
         with pytest.raises(PermissionError):
-            TmpfsStore(directory, 1 << 20)
+            MountedStore(directory, 1 << 20)
         assert mounts.mount_at(directory / "thp") is None
         assert list(directory.iterdir()) == []
 
@@ -330,7 +342,7 @@ class TestTmpfsStore:
         self, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(mounts, "readonly_copy", lambda _path: None)
-        store = TmpfsStore(directory, 16 << 20)
+        store = MountedStore(directory, 16 << 20)
         backing = store.create(RegionId(1), BackingKind.SMALL, SIZE)
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             os.pwrite(backing.readonly, b"x", 0)
@@ -341,7 +353,7 @@ class TestTmpfsStore:
         self, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(landlock, "is_available", lambda: False)
-        store = TmpfsStore(directory, 16 << 20)
+        store = MountedStore(directory, 16 << 20)
         backing = store.create(RegionId(1), BackingKind.SMALL, SIZE)
         assert os.fstat(backing.writable).st_size == SIZE
         backing.close()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mshared import libc
-from mshared.backing import extents, move, punch, resident
+from mshared.backing import extents, held, move, punch, resident, write_to
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
+from msharefs.region import BackingKind
 
 
 @pytest.fixture
@@ -87,13 +88,18 @@ class TestExtents:
         assert os.fstat(fd).st_size == 10 * PAGE_SIZE
 
 
+def moved(source: int, target: int, ar: AddrRange) -> None:
+    """Move between files of small pages."""
+    move(source, held(source, ar, BackingKind.SMALL, None), write_to(target))
+
+
 class TestMove:
     """From the backing to the stash and back."""
 
     def test_contents_go_and_leave_holes(self, file: Callable[[int], int]) -> None:
         source, target = file(20), file(20)
         fill(source, 2, 3, 7, 12)
-        move(source, target, pages(0, 20))
+        moved(source, target, pages(0, 20))
         assert list(extents(source)) == []
         assert list(extents(target)) == [pages(2, 2), pages(7), pages(12)]
         for number in (2, 3, 7, 12):
@@ -102,7 +108,7 @@ class TestMove:
     def test_only_what_lies_in_the_range(self, file: Callable[[int], int]) -> None:
         source, target = file(20), file(20)
         fill(source, *range(20))
-        move(source, target, pages(5, 3))
+        moved(source, target, pages(5, 3))
         assert list(extents(target)) == [pages(5, 3)]
         assert list(extents(source)) == [pages(0, 5), pages(8, 12)]
 
@@ -110,13 +116,13 @@ class TestMove:
         source, target = file(20), file(20)
         fill(source, 3)
         os.pwrite(target, b"theirs", 4 * PAGE_SIZE)
-        move(source, target, pages(0, 20))
+        moved(source, target, pages(0, 20))
         assert os.pread(target, 6, 4 * PAGE_SIZE) == b"theirs"
 
     def test_nothing_to_move_is_nothing_done(self, file: Callable[[int], int]) -> None:
         source, target = file(20), file(20)
         fill(source, 1)
-        move(source, target, pages(5, 10))
+        moved(source, target, pages(5, 10))
         assert list(extents(source)) == [pages(1)]
         assert list(extents(target)) == []
 
@@ -125,7 +131,7 @@ class TestMove:
         source, target = file(count), file(count)
         fill(source, *range(1, count))
         expected = os.pread(source, count * PAGE_SIZE, 0)
-        move(source, target, pages(0, count))
+        moved(source, target, pages(0, count))
         assert os.pread(target, count * PAGE_SIZE, 0) == expected
         assert list(extents(target)) == [pages(1, count - 1)]
         assert list(extents(source)) == []
@@ -134,8 +140,8 @@ class TestMove:
         source, target = file(20), file(20)
         fill(source, 2, 9)
         for _ in range(3):
-            move(source, target, pages(0, 20))
-            move(target, source, pages(0, 20))
+            moved(source, target, pages(0, 20))
+            moved(target, source, pages(0, 20))
         assert list(extents(source)) == [pages(2), pages(9)]
         assert list(extents(target)) == []
         assert os.pread(source, PAGE_SIZE, 9 * PAGE_SIZE) == bytes([9]) * PAGE_SIZE
@@ -146,18 +152,17 @@ class TestMove:
         expected = os.pread(source, 20 * PAGE_SIZE, 0)
         plain = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: plain(fd, data[:1000], at))
-        move(source, target, pages(0, 20))
+        moved(source, target, pages(0, 20))
         assert os.pread(target, 20 * PAGE_SIZE, 0) == expected
 
-    def test_small_pieces_go_the_way_that_is_asked_for(self, file: Callable[[int], int]) -> None:
-        """Whole huge pages do not: there a plain write is right, and quick."""
+    def test_pieces_are_no_longer_than_a_huge_page(self, file: Callable[[int], int]) -> None:
         count = 3 * PMD_SIZE // PAGE_SIZE
-        source, target = file(count), file(count)
+        source = file(count)
         fill(source, *range(511, 1026))
         written: list[tuple[int, int]] = []
-        move(source, target, pages(0, count), write=lambda data, at: written.append((at, len(data))))
-        assert written == [(511 * PAGE_SIZE, PAGE_SIZE), (1024 * PAGE_SIZE, 2 * PAGE_SIZE)]
-        assert list(extents(target)) == [pages(512, 512)]
+        parts = held(source, pages(0, count), BackingKind.SMALL, None)
+        move(source, parts, lambda data, at: written.append((at // PAGE_SIZE, len(data) // PAGE_SIZE)))
+        assert written == [(511, 1), (512, 512), (1024, 2)]
 
     def test_without_room_everything_stays_in_the_source(
         self, file: Callable[[int], int], tmpfs: Callable[[str], Path]
@@ -168,7 +173,7 @@ class TestMove:
         with (tmpfs(f"size={8 * PAGE_SIZE}") / "small").open("w+b", buffering=0) as target:
             target.truncate(40 * PAGE_SIZE)
             with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-                move(source, target.fileno(), pages(0, 40))
+                moved(source, target.fileno(), pages(0, 40))
         assert os.pread(source, 40 * PAGE_SIZE, 0) == expected
         assert list(extents(source)) == [pages(0, 40)]
 
@@ -178,7 +183,7 @@ class TestMove:
         try:
             libc.call("mprotect", start, 4 * PAGE_SIZE, 3)
             ctypes.memset(start + PAGE_SIZE, 7, 1)
-            move(source, target, pages(0, 4))
+            moved(source, target, pages(0, 4))
             assert ctypes.string_at(start + PAGE_SIZE, 1) == b"\0"
         finally:
             libc.unmap(start, 4 * PAGE_SIZE)

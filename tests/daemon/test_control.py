@@ -14,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from mshared import control
+from mshared.changes import Opened
 from mshared.control import HELLO_PATIENCE, ControlServer
 from mshared.service import Answer, Caller, Pending
 from msharefs import protocol
@@ -38,8 +40,11 @@ class FakeService:
         self.callers: list[Caller] = []
         self.given_up: list[Pending] = []
         self.error: Exception | None = None
+        self.takes_files = False
         self.answer = Answer(protocol.Done())
-        self.pending: Any = SimpleNamespace(region="it")
+        written = trio.Event()
+        written.set()
+        self.pending: Any = SimpleNamespace(region=SimpleNamespace(written=written))
 
     def _note(self, caller: Caller, request: object) -> None:
         self.callers.append(caller)
@@ -47,16 +52,23 @@ class FakeService:
         if self.error is not None:
             raise self.error
 
-    def create(self, caller: Caller, request: protocol.Create) -> tuple[Answer, Pending | None]:
-        self._note(caller, request)
+    def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
+        self._note(caller, (request, [file.fd for file in files]))
+        if self.takes_files:
+            files.clear()
         return Answer(protocol.Offer(0, 16, 0, 0, readonly=False, device=False), self.answer.fds), self.pending
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
         self._note(caller, request)
         return self.answer
 
-    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, fd: int, sigbus: int | None) -> Answer:
-        self._note(caller, (request, pending, fd, sigbus))
+    def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, fds: list[int]) -> Answer:
+        self._note(caller, (request, pending, list(fds)))
+        fds.clear()
+        return self.answer
+
+    def settled(self, caller: Caller, pending: Pending) -> Answer:
+        self._note(caller, pending)
         return self.answer
 
     async def stat(self, region: object) -> protocol.RegionStat:
@@ -347,8 +359,7 @@ class TestDescriptorsOfRequests:
                 service.answer = Answer(protocol.Attached(5))
                 mapped = protocol.Mapped(offer.offer, 0, 0)
                 assert await peer.say(mapped, [pipe[1]]) == protocol.Attached(5)
-                request, pending, fd, second = service.asked[-1]  # type: ignore[misc]
-                assert second is None
+                request, pending, (fd,) = service.asked[-1]  # type: ignore[misc]
                 assert (request, pending) == (mapped, service.pending)
                 assert os.fstat(fd).st_ino == os.fstat(pipe[1]).st_ino
                 assert failure(await peer.say(mapped, [pipe[1]])) == errno.ENOENT
@@ -389,8 +400,94 @@ class TestDescriptorsOfRequests:
         assert all(os.fstat(fd) for fd in pipe)
 
 
+class TestDonatedFiles:
+    """Files that come with a request to create become the daemon's own, or are closed."""
+
+    FILES = tuple(protocol.DonatedFile(n % 2, 0, shared=True) for n in range(3))
+    RANGES = tuple(protocol.DonatedRange(n << 12, 1 << 12, 3, file) for n, file in enumerate(FILES))
+    REQUEST = attrs.evolve(CREATE, donated=RANGES)
+
+    def test_those_that_are_taken_stay_open(self, run: Any, service: FakeService) -> None:
+        fds = [os.memfd_create("it") for _ in range(2)]
+        service.takes_files = True
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert isinstance(await peer.say(self.REQUEST, fds), protocol.Offer)
+                request, taken = service.asked[-1]  # type: ignore[misc]
+                assert request == self.REQUEST
+                assert [os.fstat(fd).st_ino for fd in taken] == [os.fstat(fd).st_ino for fd in fds]
+                for fd in taken:
+                    os.close(fd)
+
+        run(work)
+        for fd in fds:
+            os.close(fd)
+
+    @pytest.mark.parametrize("error", [None, NoSpaceError("full"), ZeroDivisionError("a mistake")])
+    def test_those_that_are_not_are_closed(self, run: Any, service: FakeService, error: Exception | None) -> None:
+        """``run`` counts them."""
+        fds = [os.memfd_create("it") for _ in range(2)]
+        service.error = error
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert isinstance(await peer.say(self.REQUEST, fds), protocol.Failed if error else protocol.Offer)
+
+        run(work)
+        for fd in fds:
+            os.close(fd)
+
+    def test_one_that_cannot_be_mapped(self, run: Any, service: FakeService, pipe: tuple[int, int]) -> None:
+        fd = os.memfd_create("it")
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert failure(await peer.say(self.REQUEST, [fd, pipe[0]])) == errno.ENODEV
+
+        run(work)
+        assert service.asked == []
+        os.close(fd)
+
+    @pytest.mark.parametrize("count", [0, 1, 3, 16])
+    def test_as_many_as_are_named(self, run: Any, service: FakeService, pipe: tuple[int, int], count: int) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert failure(await peer.say(self.REQUEST, [pipe[0]] * count)) == errno.EBADF
+
+        run(work)
+        assert service.asked == []
+
+
 class TestOffers:
     """An offer is of one connection, and for once."""
+
+    def test_one_that_is_staged_lasts_until_it_is_settled(
+        self, run: Any, service: FakeService, pipe: tuple[int, int]
+    ) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                for end in ("settled", "hung up"):
+                    offer = await peer.say(CREATE)
+                    assert isinstance(offer, protocol.Offer)
+                    mapped = protocol.Mapped(offer.offer, 0, 0, (1 << 40,))
+                    assert await peer.say(mapped, [pipe[1]]) == protocol.Done()
+                    _, _, (fd,) = service.asked[-1]  # type: ignore[misc]
+                    os.close(fd)
+                    if end == "settled":
+                        assert await peer.say(protocol.Settled(offer.offer)) == protocol.Done()
+                        assert service.asked[-1] == service.pending
+                        assert failure(await peer.say(protocol.Settled(offer.offer))) == errno.ENOENT
+            while not service.given_up:
+                await trio.lowlevel.checkpoint()
+
+        run(work)
+        assert service.given_up == [service.pending]
 
     def test_each_has_a_number_of_its_own(self, run: Any) -> None:
         async def work(path: Path) -> None:

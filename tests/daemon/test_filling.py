@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,15 +13,18 @@ import pytest
 import trio
 import trio.testing
 
-from mshared import apply, filling
+from mshared import apply, files
 from mshared.backing import MemfdStore, extents
-from mshared.filling import MOST, PIECE, Filling, Waiting
+from mshared.files import MappedFile
+from mshared.filling import Filling, Waiting
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.uffd import Outcome
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, WINDOW_START, Address, AddrRange
-from msharefs.effects import Deliver
+from msharefs.effects import Deliver, Fill
 from msharefs.namespace import Namespace, Policy
-from msharefs.perms import Credentials, Ownership, Prot
+from msharefs.perms import Advice, Credentials, Ownership, Prot
+from msharefs.readahead import MOST, PIECE
 from msharefs.region import BackingKind
 from msharefs.vma import FileSource
 
@@ -53,9 +57,20 @@ class World:
         self.delivered: list[int] = []
         self.reads: list[tuple[int, int]] = []
         self.filling = Filling(lambda _attachment, _flags, addr, _tid: self.decided.append(addr))
-        plain = filling._read
-        monkeypatch.setattr(filling, "_read", lambda *args: (self.reads.append((args[2], args[1])), plain(*args))[1])
+        plain = files.read
+        monkeypatch.setattr(files, "read", lambda *args: (self.reads.append((args[2], args[1])), plain(*args))[1])
+        monkeypatch.setattr(MappedFile, "read_now", self.read_now)
+        self.at_once: list[tuple[int, int]] = []
+        self.in_memory = False
         monkeypatch.setattr(apply, "answer_fault", self.answer)
+
+    def read_now(self, buffer: files.Buffer, length: int, offset: int) -> bool:
+        """Stand in for what the page cache has: nothing, unless a test says otherwise."""
+        if not self.in_memory:
+            return False
+        self.at_once.append((offset, length))
+        (mapped,) = self.region.files.values()
+        return os.preadv(mapped.fd, [buffer.view[:length]], offset) == length
 
     def attach(self, at: Address) -> LiveAttachment:
         uffd: Any = FakeUffd()
@@ -71,7 +86,12 @@ class World:
     def fault(self, page: int, attachment: LiveAttachment | None = None) -> None:
         live = attachment or self.attachment
         addr = live.model.window.start + page * PAGE_SIZE + 77
-        self.filling.request(self.page(page), Waiting(live, abi.FLAG_WRITE, addr, 5))
+        vma = self.model.mm.vmas.find(self.page(page).start)
+        assert vma is not None
+        source = vma.source_at(self.page(page).start)
+        assert source is not None
+        fill = Fill(self.page(page), source.file, source.offset)
+        self.filling.request(fill, vma, Waiting(live, abi.FLAG_WRITE, addr, 5))
 
     def page(self, number: int) -> AddrRange:
         return AddrRange.sized(self.model.ar.start + number * PAGE_SIZE, PAGE_SIZE)
@@ -151,7 +171,7 @@ def test_pages_touched_in_order_are_read_ahead_and_ever_more_of_them(world: Worl
     ends: list[int] = []
 
     def go_on() -> None:
-        ends.append((world.region.reading.end - world.model.ar.start) // PAGE_SIZE)
+        ends.append((world.region.reading.readahead.end - world.model.ar.start) // PAGE_SIZE)
         world.fault(ends[-1])
 
     world.run(lambda: world.fault(0), *[go_on] * 4)
@@ -200,7 +220,7 @@ def test_a_file_that_cannot_be_read_is_one_too(
     def fail(*_args: object) -> tuple[bytes, int]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(filling, "_read", fail)
+    monkeypatch.setattr(files, "read", fail)
     world.run(lambda: world.fault(1))
     assert world.delivered == [1]
     assert "region it: reading a mapped file: Input/output error" in caplog.text
@@ -212,7 +232,7 @@ class TestMeanwhile:
     def run(self, world: World, monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
         """Fault on page 1, and make a change before the file has been read."""
         reading, changed = threading.Event(), threading.Event()
-        plain = filling._read
+        plain = files.read
 
         def read(*args: Any) -> Any:
             reading.set()
@@ -232,7 +252,7 @@ class TestMeanwhile:
                 await world.settle()
                 nursery.cancel_scope.cancel()
 
-        monkeypatch.setattr(filling, "_read", read)
+        monkeypatch.setattr(files, "read", read)
         trio.run(main)
 
     @pytest.mark.parametrize("change", ["unmapped", "forbidden", "moved"])
@@ -256,3 +276,63 @@ class TestMeanwhile:
         self.run(world, monkeypatch, lambda: world.namespace.detach(world.model, world.attachment.model))
         assert (world.decided, world.woken(), world.delivered) == ([], [], [])
         assert 1 in world.held()
+
+
+class TestAtOnce:
+    """What the system has in memory."""
+
+    @pytest.fixture
+    def filled(self, world: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[AddrRange, bytes, bool]]:
+        """A world whose files are in memory; what was put into windows."""
+        world.in_memory = True
+        found: list[tuple[AddrRange, bytes, bool]] = []
+
+        def fill(_attachment: object, ar: AddrRange, source: int, *, protected: bool) -> Outcome:
+            found.append((ar, ctypes.string_at(source, ar.size), protected))
+            return Outcome.SERVED
+
+        monkeypatch.setattr(apply, "fill", fill)
+        return found
+
+    def test_goes_straight_into_the_window(self, world: World, filled: list[tuple[AddrRange, bytes, bool]]) -> None:
+        world.run(lambda: world.fault(3))
+        ((ar, data, protected),) = filled
+        assert (ar, protected) == (AddrRange.sized(world.model.ar.start, PIECE), True)
+        assert data == b"".join(bytes([byte_of(page)]) * PAGE_SIZE for page in range(PIECE // PAGE_SIZE))
+        assert (world.reads, world.woken()) == ([], [])
+        assert world.model.mm.table.holes(ar) == []
+
+    def test_of_a_mapping_read_at_random_it_is_one_page(
+        self, world: World, filled: list[tuple[AddrRange, bytes, bool]]
+    ) -> None:
+        world.model.mm.madvise_reading(world.model.ar, Advice.RANDOM)
+        world.run(lambda: world.fault(3), lambda: world.fault(9))
+        assert [(ar, data[:1]) for ar, data, _ in filled] == [
+            (world.page(3), bytes([byte_of(3)])),
+            (world.page(9), bytes([byte_of(9)])),
+        ]
+
+    def test_what_is_there_already_stays(self, world: World, filled: list[tuple[AddrRange, bytes, bool]]) -> None:
+        world.model.mm.filled(world.page(4))
+        world.run(lambda: world.fault(3))
+        first = world.model.ar.start
+        assert [ar for ar, _, _ in filled] == [
+            AddrRange(first, world.page(4).start),
+            AddrRange(world.page(4).end, Address(first + PIECE)),
+        ]
+
+    def test_where_the_window_takes_nothing_the_backing_does(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        world.in_memory = True
+        monkeypatch.setattr(apply, "fill", lambda *_args, **_options: Outcome.UNMAPPED)
+        world.run(lambda: world.fault(3))
+        assert world.held() == list(range(PIECE // PAGE_SIZE))
+        assert (world.reads, world.woken()) == ([], [3])
+
+    def test_read_ahead_is_read_off_the_loop(self, world: World) -> None:
+        world.in_memory = True
+        world.model.mm.madvise_reading(world.model.ar, Advice.SEQUENTIAL)
+        world.run(lambda: world.fault(0))
+        assert world.at_once == []
+        assert sorted(world.reads) == [(0, MOST), (MOST, MOST)]

@@ -18,10 +18,10 @@ from trio.testing import MockClock
 from mshared import processes, uffd
 from mshared.backing import MemfdStore
 from mshared.lifetimes import SWEEP_INTERVAL, Lifetimes
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
 from msharefs import uffd_abi as abi
-from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Credentials, Ownership
@@ -29,6 +29,7 @@ from msharefs.protocol import ANCHOR_PAGES
 from msharefs.region import BackingKind
 
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 1, 2, 0x20, 0x4000, 0x100000
+MAYMOVE_FIXED = 3
 C = ctypes.CDLL(None)
 C.mmap.restype = ctypes.c_void_p
 C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -47,6 +48,9 @@ def serve(sock: socket.socket) -> None:
                 C.mmap(int(start), int(size), 1 if int(readonly) else 3, flags, fds[0], 0)
                 anchor = C.mmap(None, ANCHOR_PAGES * PAGE_SIZE, 0, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                 socket.send_fds(sock, [b"%d" % anchor], [uffd.new(None).fd])
+            case ["move", start, to, size]:
+                C.mremap(*(ctypes.c_size_t(int(each)) for each in (start, size, size, MAYMOVE_FIXED, to)))
+                sock.send(b"moved")
             case ["look", address]:
                 sock.send(b"%d" % ctypes.c_ubyte.from_address(int(address)).value)
             case ["fork"]:
@@ -119,6 +123,7 @@ class World:
                 self.lifetimes.drop(attachment)
             if region in self.lifetimes.regions():
                 self.lifetimes.forget(region)
+        self.lifetimes.settling.finish()
         self.pager.close()
 
 
@@ -477,9 +482,57 @@ class TestFaults:
         assert region.model.faults == 0
 
     @pytest.mark.parametrize("distance", [-PAGE_SIZE, PMD_SIZE])
-    def test_those_outside_the_window_are_nobodys(self, world: World, client: Client, distance: int) -> None:
-        """An anchor is registered too: whoever touches it waits, and harms only itself."""
+    def test_those_outside_the_window_are_refused(self, world: World, client: Client, distance: int) -> None:
+        """An anchor is registered too: whoever touches it harms only itself."""
         region = world.region(empty=True)
         live = world.attach(region, client)
         world.lifetimes._on_fault(live, abi.FLAG_WRITE, region.model.ar.start + distance, client.pid)
+        assert (region.model.faults, live.refusals) == (0, 1)
+
+
+class TestMoves:
+    """What a process moves stays armed."""
+
+    ELSEWHERE = 0x6400_0000_0000
+
+    def test_memory_that_left_its_window_is_none(self, world: World, client: Client) -> None:
+        region = world.region(empty=True)
+        live = world.attach(region, client)
+        client.tell("move", region.model.ar.start, self.ELSEWHERE, PMD_SIZE)
+        world.serve_until(lambda: select.select([client._sock], [], [], 0)[0] != [])
+        assert client.answer() == "moved"
+        client.tell("look", self.ELSEWHERE + 5 * PAGE_SIZE)
+        world.serve_until(lambda: live.refusals > 0)
+        assert client.status() == -signal.SIGBUS
         assert region.model.faults == 0
+
+    def test_what_is_staged_is_armed_where_it_stands_and_where_it_goes(self, world: World, client: Client) -> None:
+        region = world.region(empty=True)
+        start = region.model.ar.start
+        fd, anchor = client.map(region)
+        client.tell("move", start + PAGE_SIZE, self.ELSEWHERE, PAGE_SIZE)
+        assert client.answer() == "moved"
+        staged = [Staged(AddrRange.sized(start + PAGE_SIZE, PAGE_SIZE), Address(self.ELSEWHERE))]
+        live = world.lifetimes.attach(region, start, client.pid, fd, anchor, readonly=False, staged=staged)
+        assert (live.staged, region.model.ready, region.settled.is_set()) == (staged, False, False)
+        client.tell("move", self.ELSEWHERE, start + PAGE_SIZE, PAGE_SIZE)
+        world.serve_until(lambda: not live.staged)
+        assert client.answer() == "moved"
+        assert (region.model.ready, region.settled.is_set()) == (False, False)
+        client.tell("look", start + PAGE_SIZE)
+        world.serve_until(lambda: region.model.faults > 0)
+        assert client.status() == -signal.SIGBUS
+
+    def test_a_child_has_staged_what_its_parent_has(self, forking: World, client: Client) -> None:
+        region = forking.region(empty=True)
+        start = region.model.ar.start
+        fd, anchor = client.map(region)
+        client.tell("move", start + PAGE_SIZE, self.ELSEWHERE, PAGE_SIZE)
+        assert client.answer() == "moved"
+        staged = [Staged(AddrRange.sized(start + PAGE_SIZE, PAGE_SIZE), Address(self.ELSEWHERE))]
+        parent = forking.lifetimes.attach(region, start, client.pid, fd, anchor, readonly=False, staged=staged)
+        client.tell("fork")
+        forking.serve_until(lambda: len(region.attachments) == 2)
+        _, child = region.attachments
+        assert (child.staged, region.model.ready) == (staged, False)
+        assert child.staged is not parent.staged

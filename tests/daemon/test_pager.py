@@ -219,6 +219,21 @@ class TestRun:
         self.run_until(pager, done, *[lambda: os.eventfd_write(fd, 1)] * 3)
         assert served == [1, 1, 1]
 
+    def test_work_for_later_does_not_wait_for_the_next_event(self, pager: Pager) -> None:
+        """Another task asks for it while the pager waits for whatever comes."""
+        done = trio.Event()
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pager.run)
+                await trio.testing.wait_all_tasks_blocked()
+                pager.later(done.set)
+                with trio.fail_after(10):
+                    await done.wait()
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
     def test_work_for_later_is_tried_again_though_nothing_is_readable(self, pager: Pager) -> None:
         tries, done = [], trio.Event()
 

@@ -12,16 +12,17 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mshared import apply, backing
+from mshared import apply, backing, donations
 from mshared import service as module
 from mshared.backing import BackingStore, MemfdStore
+from mshared.changes import Opened
 from mshared.lifetimes import Lifetimes
-from mshared.live import LiveAttachment, LiveRegion
+from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
 from mshared.service import INODES_A_REGION, Caller, Pending, Service
 from mshared.tickets import Ticket
 from msharefs import protocol, uffd_abi
-from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Punch
 from msharefs.errors import (
     AccessDeniedError,
@@ -69,8 +70,10 @@ class World:
             changes=changes,
         )
 
-    def create(self, caller: Caller = ME, **changed: Any) -> tuple[module.Answer, Pending]:
-        answer, pending = self.service.create(caller, request(**changed))
+    def create(
+        self, caller: Caller = ME, files: list[Opened] | None = None, **changed: Any
+    ) -> tuple[module.Answer, Pending]:
+        answer, pending = self.service.create(caller, request(**changed), files or [])
         assert pending is not None
         return answer, pending
 
@@ -89,6 +92,7 @@ class World:
                 self.lifetimes.drop(attachment)
             if region in self.lifetimes.regions():
                 self.lifetimes.forget(region)
+        self.lifetimes.settling.finish()
         self.pager.close()
 
 
@@ -97,12 +101,17 @@ class AliveUffd:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0)
+        self.protected: list[AddrRange] = []
 
     def is_alive(self) -> bool:
         return True
 
     def arm(self, _ar: object, _arming: object) -> None:
         """Have nothing to report."""
+
+    def write_protect(self, ar: AddrRange) -> None:
+        """Note it."""
+        self.protected.append(ar)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -155,17 +164,17 @@ class TestCreate:
 
     def test_one_that_exists_is_to_be_attached_to_unless_it_must_be_new(self, world: World) -> None:
         _, first = world.create()
-        answer, pending = world.service.create(ME, request(exclusive=False))
+        answer, pending = world.service.create(ME, request(exclusive=False), [])
         assert (answer.reply, answer.fds, pending) == (protocol.Exists(), (), None)
         with pytest.raises(ExistsError):
-            world.service.create(ME, request())
+            world.service.create(ME, request(), [])
         assert world.lifetimes.regions() == [first.region]
 
     def test_without_room_it_never_was(self, open_descriptors: Callable[[], int]) -> None:
         before = open_descriptors()
         world = World(FullStore())
         with pytest.raises(NoSpaceError):
-            world.service.create(ME, request())
+            world.service.create(ME, request(), [])
         assert world.namespace.all() == []
         assert world.lifetimes.regions() == []
         world.close()
@@ -193,7 +202,7 @@ class TestCreate:
         self, world: World, changed: dict[str, Any], error: type[MshareError]
     ) -> None:
         with pytest.raises(error):
-            world.service.create(ME, request(**changed))
+            world.service.create(ME, request(**changed), [])
         assert world.namespace.all() == []
         assert world.lifetimes.regions() == []
 
@@ -204,6 +213,198 @@ class TestCreate:
         mapped = [(vma.ar.start - model.ar.start, vma.ar.size, int(vma.prot)) for vma in model.mm.vmas]
         assert mapped == [(PAGE_SIZE, 2 * PAGE_SIZE, 3), (8 * PAGE_SIZE, PAGE_SIZE, 3)]
         assert pending.donated == parts
+
+
+class TestDonatedFiles:
+    """Mappings of files, which stay that."""
+
+    @pytest.fixture
+    def opened(self) -> list[Opened]:
+        """Two files, the second for reading only."""
+        return [Opened(os.memfd_create("it"), writable) for writable in (True, False)]
+
+    @staticmethod
+    def part(page: int, prot: int = 3, descriptor: int = 0, *, offset: int = 0, shared: bool = True) -> Any:
+        file = protocol.DonatedFile(descriptor, offset, shared)
+        return protocol.DonatedRange(page * PAGE_SIZE, PAGE_SIZE, prot, file)
+
+    def staging(self, world: World, opened: list[Opened], *addresses: int) -> tuple[Pending, LiveAttachment]:
+        """A region with mappings of files that are staged at certain addresses."""
+        parts = (*(self.part(2 * n) for n in range(len(addresses))), self.part(100, 1, 1))
+        _, pending = world.create(files=opened, addr=AT, donated=parts)
+        live = world.attach(pending.region, ME.pid)
+        places = [*addresses, AT + 100 * PAGE_SIZE]
+        live.staged = donations.stage(pending.region.model, parts, places)[:-1]
+        pending.region.model.ready = False
+        pending.region.settled = trio.Event()
+        return pending, live
+
+    def test_they_are_mapped_and_their_files_kept(self, world: World, opened: list[Opened]) -> None:
+        parts = (
+            self.part(1),
+            self.part(2, offset=PAGE_SIZE),
+            self.part(4, 1, 1),
+            self.part(5, 0, 1, offset=PAGE_SIZE),
+            self.part(6, 0, shared=False),
+            protocol.DonatedRange(8 * PAGE_SIZE, PAGE_SIZE, 0),
+        )
+        _, pending = world.create(files=opened, donated=parts)
+        assert opened == []
+        region = pending.region
+        found = [
+            (
+                (vma.ar.start - region.model.ar.start) // PAGE_SIZE,
+                vma.ar.size // PAGE_SIZE,
+                int(vma.prot),
+                vma.source and (vma.source.file, vma.source.offset, vma.source.shared, vma.source.writable),
+            )
+            for vma in region.model.mm.vmas
+        ]
+        assert found == [
+            (1, 2, 3, (1, 0, True, True)),
+            (4, 1, 1, (2, 0, True, False)),
+            (5, 1, 0, (2, PAGE_SIZE, True, False)),
+            (6, 1, 3, (1, 0, False, True)),  # Until its contents are in.
+            (8, 1, 3, None),
+        ]
+        assert set(region.files) == {1, 2}
+
+    def test_files_that_nothing_shows_are_closed(self, world: World, opened: list[Opened]) -> None:
+        fd = opened[1].fd
+        _, pending = world.create(files=opened, donated=(self.part(0),))
+        assert list(pending.region.files) == [1]
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.fstat(fd)
+
+    @pytest.mark.parametrize(
+        ("part", "error"),
+        [
+            ((0, 3, 2), BadDescriptorError),
+            ((0, 3, -1), BadDescriptorError),
+            ((0, 3, 1), AccessDeniedError),
+            ((0, 5, 0), AccessDeniedError),
+            ((1, 3, 0), ProtocolError),
+        ],
+    )
+    def test_what_cannot_be_leaves_nothing(
+        self, world: World, opened: list[Opened], part: tuple[int, ...], error: type[MshareError]
+    ) -> None:
+        with pytest.raises(error):
+            world.create(files=opened, donated=(self.part(1), self.part(*part)))
+        assert (opened, world.namespace.all(), world.lifetimes.regions()) == ([], [], [])
+
+    @pytest.mark.parametrize("offset", [1, -PAGE_SIZE, (1 << 63) - PAGE_SIZE])
+    def test_offsets_that_no_file_has(self, world: World, opened: list[Opened], offset: int) -> None:
+        with pytest.raises(MshareError):
+            world.create(files=opened, donated=(self.part(0, offset=offset),))
+        assert world.lifetimes.regions() == []
+
+    def test_where_the_region_exists_already_the_files_are_the_callers(
+        self, world: World, opened: list[Opened]
+    ) -> None:
+        world.create()
+        answer, pending = world.service.create(ME, request(exclusive=False, donated=(self.part(0),)), opened)
+        assert (answer.reply, pending, len(opened)) == (protocol.Exists(), None, 2)
+        donations.close_files(opened)
+
+    @pytest.mark.parametrize("staged", [(), (1 << 40, 1 << 41), (5,), (1 << 47,), (-PAGE_SIZE,), ((1 << 64) - 1,)])
+    def test_each_must_be_staged_somewhere(self, world: World, opened: list[Opened], staged: tuple[int, ...]) -> None:
+        _, pending = world.create(files=opened, addr=AT, donated=(self.part(0),))
+        with pytest.raises(InvalidArgumentError):
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0, staged), pending, [-1])
+        assert pending.region.attachments == []
+
+    def test_others_are_let_in_when_all_has_moved(self, world: World, opened: list[Opened]) -> None:
+        pending, live = self.staging(world, opened, 1 << 40, 1 << 41)
+        region = pending.region
+        for start, page in ((1 << 40, 0), (1 << 41, 2)):
+            with pytest.raises(InvalidArgumentError, match="are staged"):
+                world.service.settled(ME, pending)
+            with pytest.raises(TryAgainError):
+                world.service.own_region(ME, live.model.id)
+            world.lifetimes._on_moved(live, start, AT + (page + 1) * PAGE_SIZE, PAGE_SIZE)  # Not its place.
+            world.lifetimes._on_moved(live, start, AT + page * PAGE_SIZE, 2 * PAGE_SIZE)
+            world.lifetimes._on_moved(live, start, AT + page * PAGE_SIZE, PAGE_SIZE)
+        assert (region.model.ready, region.settled.is_set()) == (False, False)
+        assert world.service.settled(ME, pending).reply == protocol.Done()
+        assert (region.model.ready, region.settled.is_set()) == (True, True)
+        assert world.service.own_region(ME, live.model.id) is region
+
+    def test_what_is_not_there_cannot_be_settled(self, world: World) -> None:
+        _, pending = world.create()
+        with pytest.raises(InvalidArgumentError):
+            world.service.settled(ME, pending)
+        world.service.give_up(pending)
+        with pytest.raises(NotFoundError):
+            world.service.settled(ME, pending)
+
+    def test_an_attacher_settles_nothing(self, world: World) -> None:
+        _, pending = world.create()
+        world.attach(pending.region, ME.pid)
+        with pytest.raises(InvalidArgumentError):
+            world.service.settled(ME, Pending(pending.region, readonly=False, creator=False))
+
+    def test_a_window_stands_once(self, world: World, opened: list[Opened]) -> None:
+        pending, _ = self.staging(world, opened, 1 << 40)
+        with pytest.raises(InvalidArgumentError, match="stands already"):
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0, (1 << 40,)), pending, [-1])
+
+    def test_when_the_creator_gives_up_files_have_all_stores(self, world: World, opened: list[Opened]) -> None:
+        kept = os.dup(opened[0].fd)
+        os.ftruncate(kept, PAGE_SIZE)
+        pending, live = self.staging(world, opened, 1 << 40)
+        region = pending.region
+        os.pwrite(region.backing.fd, b"stored", 0)
+        region.model.mm.filled(AddrRange.sized(AT, PAGE_SIZE))
+        region.model.mm.stored_to(AddrRange.sized(AT, PAGE_SIZE))
+        world.service.give_up(pending)
+        assert not region.written.is_set()
+        world.lifetimes.settling.finish()
+        assert (region.written.is_set(), region.closed) == (True, True)
+        assert os.pread(kept, 6, 0) == b"stored"
+        assert live.uffd.protected == [AddrRange.sized(1 << 40, PAGE_SIZE)]  # type: ignore[attr-defined]
+        assert (world.namespace.all(), world.lifetimes.regions()) == ([], [])
+        os.close(kept)
+
+    def test_what_was_hidden_comes_back_when_the_creator_gives_up(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, pending = world.create(addr=AT, donated=(protocol.DonatedRange(0, PAGE_SIZE, 0),))
+        region = pending.region
+        os.pwrite(region.backing.fd, b"hidden", 0)
+        monkeypatch.setattr(world.lifetimes, "attach", lambda region, *_args, **_named: world.attach(region, ME.pid))
+        world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, [-1])
+        assert os.pread(region.backing.fd, 6, 0) == bytes(6)
+        region.model.ready = False
+        theirs = os.dup(region.backing.fd)
+        world.service.give_up(pending)
+        assert os.pread(theirs, 6, 0) == b"hidden"
+        os.close(theirs)
+
+
+class TestPlaces:
+    """Where an attachment has what."""
+
+    def test_staged_parts_elsewhere_and_the_rest_in_the_window(self, world: World) -> None:
+        _, pending = world.create(addr=AT)
+        live = world.attach(pending.region, ME.pid)
+        ar = AddrRange.sized(AT, 8 * PAGE_SIZE)
+        assert live.places(ar) == [ar]
+        live.staged = [
+            Staged(AddrRange.sized(AT + PAGE_SIZE, PAGE_SIZE), Address(1 << 40)),
+            Staged(AddrRange.sized(AT + 2 * PAGE_SIZE, 2 * PAGE_SIZE), Address(1 << 41)),
+        ]
+        assert live.places(ar) == [
+            AddrRange.sized(AT, PAGE_SIZE),
+            AddrRange.sized(1 << 40, PAGE_SIZE),
+            AddrRange.sized(1 << 41, 2 * PAGE_SIZE),
+            AddrRange.sized(AT + 4 * PAGE_SIZE, 4 * PAGE_SIZE),
+        ]
+        inside = AddrRange.sized(AT + 3 * PAGE_SIZE, PAGE_SIZE)
+        assert live.places(inside) == [AddrRange.sized((1 << 41) + PAGE_SIZE, PAGE_SIZE)]
+        assert live.places(AddrRange.sized(AT + 4 * PAGE_SIZE, PAGE_SIZE)) == [
+            AddrRange.sized(AT + 4 * PAGE_SIZE, PAGE_SIZE)
+        ]
 
 
 class TestGiveUp:
@@ -392,12 +593,12 @@ class TestMapped:
         _, pending = world.create()
         world.service.give_up(pending)
         with pytest.raises(NotFoundError, match="removed in the meantime"):
-            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, -1)
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, [-1])
 
     def test_without_a_userfaultfd_the_region_waits_for_its_creator(self, world: World) -> None:
         _, pending = world.create()
         with pytest.raises(BadDescriptorError):
-            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, 0)
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, [0])
         assert world.lifetimes.regions() == [pending.region]
         assert not pending.region.model.ready
 
@@ -532,6 +733,6 @@ class TestWhatComesUponAChange:
         monkeypatch.setattr(world.lifetimes, "attach", lambda region, *_args, **_named: world.attach(region, ME.pid))
         monkeypatch.setattr(backing, "move", full)
         with pytest.raises(NoSpaceError):
-            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, -1)
+            world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, [-1])
         world.service.give_up(pending)
         assert world.namespace.all() == []

@@ -91,9 +91,10 @@ class TestCalls:
         assert len(error.text) > 25
         assert not (daemon.mount / name).exists()
 
-    def test_hugetlb_is_refused_with_the_way_out(self, c: Client, name: str) -> None:
-        error = c.error_of(f"mshare.mshare({name!r}, None, 1 << 30, CREATE, backing='hugetlb')")
-        assert (error.errno, "thp" in error.text) == (errno.EOPNOTSUPP, True)
+    def test_more_huge_pages_than_there_are_is_told_with_the_way_out(self, c: Client, name: str) -> None:
+        error = c.error_of(f"mshare.mshare({name!r}, None, 1 << 40, CREATE, backing='hugetlb')")
+        assert (error.errno, "vm.nr_hugepages" in error.text) == (errno.ENOMEM, True)
+        assert c.error_of(f"mshare.mshare({name!r}, None, 0, RW)").errno == errno.ENOENT
 
     def test_nothing_there(self, c: Client, name: str) -> None:
         for call in ("mshare.mshare({!r}, None, 0, RW)", "mshare.mshare_unlink({!r})", "mshare.remove({!r})"):

@@ -128,7 +128,7 @@ def test_a_service_manager_is_told(directory: Path) -> None:
         (["--align", "4K"], 2, "2M"),
         (["--align", "x"], 2, "not a size"),
         (["--mode", "999"], 2, "octal"),
-        (["--backing", "hugetlb"], 2, "not available yet"),
+        (["--hugetlb-pool", "1000T"], 1, "ask for less"),
         (["--paging", "some"], 2, "auto"),
         (["--max-regions", "0"], 2, "x>=1"),
         (["surplus"], 2, "unexpected"),

@@ -272,3 +272,63 @@ def test_an_unmapping_waits_for_a_write_back(pair: tuple[Client, Client], tmp_pa
         data = large.read_bytes()
         assert data[:: 2 * PAGE] == b"y" * (4 * MIB // PAGE)
         large.write_bytes(b"x" * (8 * MIB))
+
+
+def test_read_at_random_a_touch_brings_its_page_alone(pair: tuple[Client, Client], path: Path) -> None:
+    a, b = pair
+    opened(a, path)
+    a.do("r.mmap(3 * MIB, PROT_READ, MAP_SHARED, offset=0, fd=f); r.madvise(0, 2 * MIB, MADV_RANDOM)")
+    for c, pages in ((a, (7, 100, 11, 300)), (b, (8, 11))):
+        for page in pages:
+            assert c.ask(f"r.buf[{page} * PAGE + 5]") == (page * PAGE + 5) % 251
+    low, high = a.ask("[(v.length, v.resident, v.faults) for v in r.maps()]")
+    assert low == [2 * MIB, 5 * PAGE, 5]
+    assert high == [MIB, 0, 0]
+
+
+def test_read_in_sequence_the_first_touch_brings_all_it_can(pair: tuple[Client, Client], path: Path) -> None:
+    a, _ = pair
+    opened(a, path)
+    a.do("r.mmap(3 * MIB, PROT_READ, MAP_SHARED, offset=0, fd=f); r.madvise(0, 3 * MIB, MADV_SEQUENTIAL)")
+    assert a.ask("r.buf[MIB]") == MIB % 251
+    assert a.ask("r.maps()[0].resident") >= 2 * MIB - PAGE
+    a.do("r.madvise(0, 3 * MIB, MADV_NORMAL)")
+    assert a.ask("r.buf[:] [:10] == bytes(range(10))")
+
+
+def test_smaps_tells_of_each_mapping_how_its_faults_were_served(
+    pair: tuple[Client, Client], path: Path, daemon: Daemon, name: str
+) -> None:
+    a, _ = pair
+    opened(a, path)
+    a.do("r.mmap(MIB, offset=0); r.mmap(2 * MIB, flags=MAP_SHARED, offset=2 * MIB, fd=f)")
+    a.do("r.buf[0] = 1; r.madvise(2 * MIB, 2 * MIB, MADV_RANDOM); r.buf[2 * MIB] = 1; r.buf[3 * MIB]")
+    texts = (daemon.mount / ".regions" / name / "smaps").read_text().split("Mode:")
+    fields = [dict(line.split(":") for line in text.splitlines() if line.endswith("kB")) for text in texts[:2]]
+    faults = [int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Faults:")]
+    native = "native" if a.ask("r.stat().backing") == "4k" else "paged"
+    assert [text.split()[0] for text in texts[1:]] == [native, "paged"]
+    assert fields[1]["Dirty"].split() == ["4", "kB"]
+    assert faults == a.ask("[v.faults for v in r.maps()]")
+    assert faults[1] == 3  # Two pages missed, and one store that had to be seen.
+
+
+def test_a_file_that_a_client_holds_locked_while_it_waits_does_not_stop_the_daemon(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str, path: Path
+) -> None:
+    """write(2) holds the file locked while the memory it takes is faulted in, which is the daemon's to do."""
+    paging = start_daemon("--paging", "all", "--backing", "4k")
+    a, b = client(paging), client(paging)
+    a.do(f"r = mshare.mshare({name!r}, None, 32 * MIB, CREATE)")
+    opened(a, path)
+    opened(b, path)
+    b.do(f"from mmap import *\nr = mshare.mshare({name + '-2'!r}, None, 4 * MIB, CREATE, empty=True)")
+    for _ in range(5):
+        b.do("r.mmap(2 * MIB, flags=MAP_SHARED | 0x10, offset=0, fd=f)")
+        b.do("r.buf[: 2 * MIB : PAGE] = b'b' * (2 * MIB // PAGE)")
+        a.do("r.madvise(0, 32 * MIB, 9)")
+        a.send(do="os.lseek(f, 0, 0); os.write(f, r.buf[:])")  # Thousands of faults, one after the other.
+        b.do("r.munmap(0, 4 * MIB); r.mmap(4096, flags=MAP_SHARED, fd=f); r.buf[0] = 98; r.detach()")
+        a.receive()
+        b.do(f"r = mshare.mshare({name + '-2'!r}, None, 0, RW)")
+    assert b.ask("os.pread(f, 1, 0)[0] in (0, 98)")

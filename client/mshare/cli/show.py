@@ -59,7 +59,8 @@ def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
 
     resident: memory in use. faults: those the daemon served. tables: pages of each level of page table.
     table_bytes_private, _shared, _kernel: what page tables would cost with a set for each attached process, what one
-    set costs, and what the kernel uses for these processes in fact.
+    set costs, and what the kernel counts for these processes. table_bytes_growth: how much all page tables of the
+    machine have grown since the region was made.
     """
     place = served_mount(mount)
     with about_region(name):
@@ -128,6 +129,7 @@ def _stat_pairs(found: RegionStat) -> Iterator[tuple[str, str]]:
     yield "table_bytes_private", render.size_in_both(found.table_bytes_private)
     yield "table_bytes_shared", render.size_in_both(found.table_bytes_shared)
     yield "table_bytes_kernel", render.size_in_both(found.table_bytes_kernel)
+    yield "table_bytes_growth", render.size_in_both(found.table_bytes_growth)
     for note in found.notes:
         yield "note", render.printable(note)
 

@@ -1,0 +1,69 @@
+"""Files that are mapped into regions, as the daemon holds them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from typing import Final
+
+from mshared import libc
+
+_TMPFS_MAGIC: Final = 0x01021994
+_SYSINFO: Final = struct.Struct("=8x24x32xQQ32x")
+"""struct sysinfo of x86-64: of all its fields totalswap and freeswap are read."""
+
+
+class Buffer:
+    """Memory through which pages pass from a file into a region: ``view``, which starts at ``address``."""
+
+    def __init__(self, size: int) -> None:
+        memory = mmap.mmap(-1, size)
+        self.view = memoryview(memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class MappedFile:
+    """One opened file. Owns the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._in_memory = _filesystem(fd) == _TMPFS_MAGIC
+
+    def read_now(self, buffer: Buffer, length: int, offset: int) -> bool:
+        """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
+        flags = os.RWF_NOWAIT
+        if self._in_memory:  # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
+            if _anything_swapped():
+                return False
+            flags = 0
+        try:
+            return os.preadv(self.fd, [buffer.view[:length]], offset, flags) == length
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EIO):
+                raise
+            return False
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+def read(fd: int, length: int, offset: int) -> tuple[bytes, int]:
+    """What a file holds from ``offset`` on, and its size; in a worker thread, since it may take a while."""
+    return os.pread(fd, length, offset), os.fstat(fd).st_size
+
+
+def _filesystem(fd: int) -> int:
+    """The magic number of the filesystem (statfs(2))."""
+    found = ctypes.create_string_buffer(128)
+    libc.call("fstatfs", fd, found)
+    return int.from_bytes(found.raw[:8], "little")
+
+
+def _anything_swapped() -> bool:
+    """Whether some memory of the machine lies on a disk (sysinfo(2))."""
+    total, free = _SYSINFO.unpack(libc.sysinfo())
+    return bool(total != free)

@@ -1,0 +1,121 @@
+"""Huge pages of the machine's pool: raising it, reserving from it, and seeing which pages a file has.
+
+hugetlbfs keeps its own books. Pages are promised to a file when a part of it is mapped, at no cost, and stay promised
+when the mapping goes; a page that is punched out takes its promise along. A file can neither be written by pwrite(2)
+nor asked for its holes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mshared import libc, uffd
+from msharefs import uffd_abi as abi
+from msharefs.addr import PMD_SIZE, Address, AddrRange
+from msharefs.armings import united
+from msharefs.errors import NoMemoryError
+from msharefs.units import format_size
+
+log = logging.getLogger(__name__)
+
+POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+CURE: Final = "raise vm.nr_hugepages (pages of 2 MiB), or start mshared as root with --hugetlb-pool SIZE"
+
+
+class Pool:
+    """Pages added to the machine's pool of 2 MiB pages for as long as the daemon runs."""
+
+    def __init__(self, size: int) -> None:
+        """Add ``size`` bytes, rounded up to whole pages. Raises NoMemoryError, with the pool as it was."""
+        wanted = -(-size // PMD_SIZE)
+        if size > available():
+            raise NoMemoryError(f"only {format_size(available())} of memory are free; ask for less")
+        before = _pages()
+        POOL.write_text(str(before + wanted))
+        self._added = _pages() - before
+        if self._added < wanted:
+            got = format_size(max(0, self._added) * PMD_SIZE)
+            self.close()
+            raise NoMemoryError(
+                f"the kernel finds {got} of {format_size(size)} for the pool of huge pages; free memory,"
+                " or reserve the pages when the machine starts (hugepages= on the kernel command line)"
+            )
+
+    def close(self) -> None:
+        """Give back what was added; pages that are in use leave the pool when they are freed."""
+        if self._added > 0:
+            with contextlib.suppress(OSError):
+                POOL.write_text(str(max(0, _pages() - self._added)))
+        self._added = 0
+
+
+def available() -> int:
+    """Bytes of memory that the machine could give now: asked for more, the pool would swallow what is left."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) << 10
+
+
+def _pages() -> int:
+    return int(POOL.read_text())
+
+
+def reserve(fd: int, ar: AddrRange) -> None:
+    """Have pages promised for a range of a file's offsets, those that it has already aside. Raises NoMemoryError."""
+    try:
+        libc.unmap(libc.map_shared(fd, ar.size, ar.start), ar.size)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise NoMemoryError(f"not enough huge pages for {format_size(ar.size)}; {CURE}") from error
+
+
+def present(fd: int, ar: AddrRange, device: int | None) -> list[AddrRange]:
+    """Which parts of a range of offsets the file has pages for, in order; a system call for each page it lacks.
+
+    Only the page cache knows, and only UFFDIO_CONTINUE asks it without making pages.
+    """
+    start = libc.map_shared(fd, ar.size, ar.start, reserve=False)
+    try:
+        asking = uffd.new(device)
+        try:
+            asking.open_api(abi.Feature(0))
+            asking.mark(ar.moved(start - ar.start))
+            return united(part.moved(ar.start - start) for part in _mapped(asking, ar.moved(start - ar.start)))
+        finally:
+            asking.close()
+    finally:
+        libc.unmap(start, ar.size)
+
+
+def _mapped(asking: uffd.Uffd, whole: AddrRange) -> Iterator[AddrRange]:
+    """Map what is there of a range of addresses; the parts that are."""
+    at = whole.start
+    while at < whole.end:
+        try:
+            done = asking.continue_all(AddrRange(at, whole.end))
+        except FileExistsError:  # Mapped already: the kernel shares this table with other mappings of the daemon's.
+            done = PMD_SIZE
+        if done:
+            yield AddrRange.sized(at, done)
+        at = Address(at + (done or PMD_SIZE))
+
+
+def overwrite(fd: int, offset: int, data: bytes) -> None:
+    """Put ``data`` where the file has pages already."""
+    address = libc.map_shared(fd, len(data), offset, reserve=False, writable=True)
+    try:
+        ctypes.memmove(address, data, len(data))
+    finally:
+        libc.unmap(address, len(data))
+
+
+def allocate(fd: int, ar: AddrRange) -> None:
+    """Make all pages of a range of offsets, zeroed where there are none: 0.1 s a GiB. Raises OSError ENOSPC."""
+    os.posix_fallocate(fd, ar.start, ar.size)
