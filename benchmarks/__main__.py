@@ -5,44 +5,48 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Final
 
-from benchmarks import machine, measure, report
-from benchmarks.daemon import private_daemon, stop_cleanly_on_signals
-from benchmarks.measure import Plan
+from benchmarks import report, suite
+from benchmarks.daemon import stop_cleanly_on_signals
+from benchmarks.groups import ALL
+from benchmarks.results import Results
 
-_RESULTS = Path(__file__).resolve().parent / "results" / "latest.json"
+_RESULTS: Final = Path(__file__).resolve().parent / "results" / "latest"
 
 
 def main() -> None:
-    """Read the command line, measure, print tables, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare msharefs with its peers.")
-    parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: figures of less worth")
-    parser.add_argument("--output", type=Path, default=_RESULTS, help="where the JSON goes [%(default)s]")
-    options = parser.parse_args()
+    """Read the command line, measure, print tables, write JSON, tables and plots."""
+    options = _parser().parse_args()
     stop_cleanly_on_signals()
+    if options.render:
+        results = Results.load(options.render)
+        suite.write(results, options.output)
+        print("\n".join(report.text(group) for group in results.groups))
+        return
+    chosen = [group for group in ALL if group.name in options.only]
     try:
-        _measure(options.output, quick=options.quick)
+        groups = suite.measure(chosen, options.output, quick=options.quick)
     except RuntimeError as error:
         sys.exit(f"benchmarks: {error}")
     except KeyboardInterrupt:
         sys.exit("benchmarks: interrupted; everything was taken down")
+    failed = [group.name for group in groups if group.error]
+    if failed:
+        sys.exit(f"benchmarks: failed: {', '.join(failed)}")
 
 
-def _measure(output: Path, *, quick: bool) -> None:
-    size = machine.fitting_size(256 * machine.MIB if quick else machine.GIB)
-    plan = Plan(size, 3, 500, 5, 200) if quick else Plan(size, 7, 2000, 20, 200)
-    described = machine.describe()
-    with private_daemon("benchmark") as daemon:
-        described["default backing"] = daemon.backing
-        _say("\n".join([*daemon.warnings, *(f"{key}: {value}" for key, value in described.items()), "", report.METHOD]))
-        samples = measure.run(daemon.mount, measure.kinds_of(daemon.backing), plan, _say)
-    print(report.table(samples, plan))
-    report.write_json(output, described, plan, samples)
-    _say(f"everything measured is in {output}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _parser() -> argparse.ArgumentParser:
+    names = [group.name for group in ALL]
+    listed = "; ".join(f"{group.name}: {group.compares}" for group in ALL)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Compare msharefs with its peers.", epilog=f"Groups are {listed}."
+    )
+    parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: figures of less worth")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="GROUP", help="these groups only")
+    parser.add_argument("--output", type=Path, default=_RESULTS, help="directory for what is found [%(default)s]")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing; tables and plots of a former run")
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import secrets
 import select
@@ -22,35 +23,46 @@ _PATIENCE: Final = 20.0
 """Seconds to start or to stop in."""
 _PR_SET_PDEATHSIG: Final = 1
 _READY: Final = "mshared: ready: "
+_PIPE: Final = 1 << 20
+"""Bytes that a daemon may say before somebody reads them."""
+_HUGE_PAGES: Final = Path("/proc/sys/vm/nr_hugepages")
 _libc: Final = ctypes.CDLL(None)
 
 
 @attrs.frozen
 class Serving:
-    """A daemon that serves: its mount, the default backing it chose, and what it warned of."""
+    """A daemon that serves: its mount, the default backing it chose, what it warned of, whether it has huge pages."""
 
     mount: Path
     backing: str
     warnings: tuple[str, ...]
+    hugetlb: bool = False
 
 
 @contextlib.contextmanager
-def private_daemon(label: str) -> Iterator[Serving]:
+def private_daemon(label: str, *options: str) -> Iterator[Serving]:
     """Run an mshared below /run, for an ordinary user below $XDG_RUNTIME_DIR. Raises RuntimeError with what it said."""
     place = _runtime_directory() / f"mshare-{label}-{secrets.token_hex(4)}"
+    pool = _HUGE_PAGES.read_text()
     directories = ["--mount", str(place / "mount"), "--state-dir", str(place / "state")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mshared", *directories, "--log-level", "warning"],
+        [sys.executable, "-m", "mshared", *directories, "--log-level", "warning", *options],
         bufsize=0,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=_end_with_parent,
     )
+    assert process.stderr is not None
+    with contextlib.suppress(OSError):  # An ordinary user's pipes may have reached their limit.
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, _PIPE)
     try:
         yield _wait_until_ready(process, place)
     finally:
         _stop(process, place)
+        if process.returncode < 0 and _HUGE_PAGES.read_text() != pool:  # It was killed, and has not given them back.
+            with contextlib.suppress(OSError):
+                _HUGE_PAGES.write_text(pool)
 
 
 def stop_cleanly_on_signals() -> None:
@@ -74,7 +86,7 @@ def _end_with_parent() -> None:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], place: Path) -> Serving:
-    """Read what the daemon says until it serves. What it says later, a few lines at most, stays in the pipe."""
+    """Read what the daemon says until it serves. What it says later stays in the pipe until it stops."""
     assert process.stderr is not None
     said: list[str] = []
     while select.select([process.stderr], [], [], _PATIENCE)[0]:
@@ -95,6 +107,8 @@ def _stop(process: subprocess.Popen[bytes], place: Path) -> None:
         process.kill()
         process.wait()
     assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    sys.stderr.write((process.stderr.read(_PIPE) or b"").decode(errors="replace"))
     process.stderr.close()
     for mounted in _mounts_below(place):  # Only after a daemon that did not stop by itself.
         unmount = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]

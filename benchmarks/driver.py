@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
-_PATIENCE: Final = 120.0
+_PATIENCE: Final = 240.0
 """Seconds after which a worker that has not answered is taken to hang."""
+_FAREWELL: Final = 10.0
+"""Seconds for it to end in, when told to."""
 
 
 class WorkerFailedError(RuntimeError):
@@ -62,16 +64,17 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """End it: its input ends, and it takes away what it created."""
+        """End it: its input ends, and it takes away what it created. One that does not is killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for more in (self._process.terminate, self._process.kill, lambda: None):
+            try:
+                self._process.wait(_FAREWELL)
+                break
+            except subprocess.TimeoutExpired:
+                more()
         self._process.stdout.close()
 
     def __enter__(self) -> Self:

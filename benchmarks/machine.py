@@ -10,6 +10,7 @@ from typing import Final
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 _SMALLEST: Final = 64 * MIB
+_RESERVE: Final = GIB
 
 
 def describe() -> dict[str, str]:
@@ -22,7 +23,15 @@ def describe() -> dict[str, str]:
         "virtual machine": "yes" if "hypervisor" in Path("/proc/cpuinfo").read_text() else "no",
         "python": platform.python_version(),
         "shmem_enabled": _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        "load before": " ".join(f"{load:.1f}" for load in os.getloadavg()),
     }
+
+
+def one_line(described: dict[str, str]) -> str:
+    """The same in a line, for the foot of a plot."""
+    virtual = ", virtual machine" if described["virtual machine"] == "yes" else ""
+    hardware = f"{described['cpu']}, {described['cpus']} CPUs, {described['memory']}{virtual}"
+    return f"{hardware}; Linux {described['kernel']}; Python {described['python']}"
 
 
 def meminfo(field: str) -> int:
@@ -41,13 +50,29 @@ def page_tables() -> int:
     return meminfo("PageTables")
 
 
-def fitting_size(wanted: int) -> int:
-    """``wanted`` bytes, or as large a power of two below as this machine and its /dev/shm have room for.
+def room() -> int:
+    """Bytes that measurements may fill: what is available, less what the machine needs to go on."""
+    return max(0, meminfo("MemAvailable") - _RESERVE)
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that a directory lies on."""
+    found, longest = "unknown", 0
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split()[4]
+        if path.is_relative_to(point) and len(point) >= longest:  # The last of several is mounted on top.
+            found, longest = after.split()[0], len(point)
+    return found
+
+
+def fitting_size(wanted: int, share: int = 3) -> int:
+    """``wanted`` bytes, or half that, or a quarter, ... that fits /dev/shm and one ``share``-th of available memory.
 
     Raises RuntimeError where even the smallest does not fit.
     """
     shm = os.statvfs("/dev/shm")
-    room = min(meminfo("MemAvailable") // 3, shm.f_bavail * shm.f_frsize)
+    room = min(meminfo("MemAvailable") // share, shm.f_bavail * shm.f_frsize)
     size = wanted
     while size > room:
         size //= 2

@@ -109,7 +109,9 @@ class Region:
         fds = () if flags & MAP_ANONYMOUS or fd < 0 else (fd,)
         placed = self._link.call(request, protocol.Placed, fds).offset
         if flags & MapFlag.POPULATE and prot & (PROT_READ | PROT_WRITE):
-            self.madvise(placed, length, Advice.POPULATE_WRITE if prot & PROT_WRITE else Advice.POPULATE_READ)
+            populate = Advice.POPULATE_WRITE if prot & PROT_WRITE else Advice.POPULATE_READ
+            with contextlib.suppress(OSError):  # As mmap(2): what cannot be populated is mapped all the same.
+                self.madvise(placed, length, populate)
         return placed
 
     def munmap(self, offset: int, length: int) -> None:

@@ -1,0 +1,18 @@
+"""All groups of measurements, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from benchmarks.group import Group
+from benchmarks.groups import attach, changes, control, faults, growth, scaling, touch
+
+ALL: Final[tuple[Group[Any], ...]] = (
+    touch.GROUP,
+    attach.GROUP,
+    growth.GROUP,
+    scaling.GROUP,
+    changes.GROUP,
+    faults.GROUP,
+    control.GROUP,
+)

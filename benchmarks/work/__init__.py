@@ -1,0 +1,1 @@
+"""What a worker process can do, a module for each kind of work."""
