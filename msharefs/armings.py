@@ -10,6 +10,7 @@ import attrs
 
 from msharefs.addr import Address, AddrRange, round_down, round_up
 from msharefs.effects import Arm, Change
+from msharefs.perms import PROT_RW
 from msharefs.vma import Arming, Vma
 from msharefs.vma_set import VmaSet
 
@@ -19,17 +20,25 @@ Armed = list[tuple[AddrRange, Arming]]
 
 @attrs.frozen
 class ArmingRule:
-    """From what is mapped in ``bounds`` to what is armed; ``granule`` and ``paging_all`` as in ``HostMm``."""
+    """From what is mapped in ``bounds`` to what is armed; ``granule`` and ``paging_all`` as in ``HostMm``.
+
+    ``forked`` is what has to be seen because of forks, of all memory that does not lie in a shared file: stores on the
+    older side, touches on the younger one.
+    """
 
     bounds: AddrRange
     granule: int
     paging_all: bool
+    forked: Arming = Arming.NATIVE
 
     def of(self, vma: Vma | None) -> Arming:
         """Holes report every touch; with ``paging_all`` so does the rest, once a page."""
         if vma is None:
             return Arming.MISSING
-        return vma.arming() | Arming.MISSING if self.paging_all else vma.arming()
+        arming = vma.arming()
+        if self.forked and not vma.reaches_file and vma.prot & PROT_RW:
+            arming |= self.forked
+        return arming | Arming.MISSING if self.paging_all else arming
 
     def granules(self, ar: AddrRange) -> AddrRange:
         """The granules that ``ar`` has a part in, as far as they lie in the region."""
@@ -40,8 +49,8 @@ class ArmingRule:
         """How ``ar`` is armed, in order and without gaps, equal neighbours as one."""
         area = self.granules(ar)
         parts = [(hole, self.of(None)) for hole in vmas.holes(area)]
-        parts += [(vma.clipped(area).ar, self.of(vma)) for vma in vmas.overlapping(area)]
-        parts.sort()
+        parts += [(inside, self.of(v)) for v in vmas.overlapping(area) if (inside := v.ar.intersect(area)) is not None]
+        parts.sort(key=lambda part: part[0].start)
         paged = united(self.granules(part) for part, arming in parts if arming & Arming.MISSING)
         merged: Armed = []
         for piece, arming in page_within(parts, paged):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
-from msharefs.page_table import LEVEL_NAMES, PteFlag
+from msharefs.page_table import LEVEL_NAMES
+from msharefs.pte import PteFlag
 from msharefs.region import Attachment, BackingKind, Region
 from msharefs.reports import RegionName, RegionStat, Vma
 from msharefs.units import format_size

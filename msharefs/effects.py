@@ -13,6 +13,7 @@ import enum
 import attrs
 
 from msharefs.addr import Address, AddrRange
+from msharefs.frames import StoreNo
 from msharefs.vma import Arming, FileId
 
 
@@ -56,6 +57,32 @@ class Unstash:
     """What the stash file holds of ``ar`` comes back."""
 
     ar: AddrRange
+
+
+@attrs.frozen
+class Copy:
+    """What the store ``source`` holds of ``ar`` is put into the store ``target``, which holds nothing there.
+
+    Stores are those of forks of each other; see ``msharefs.lineage``. Where the source holds nothing there are zeros.
+    """
+
+    ar: AddrRange
+    source: StoreNo
+    target: StoreNo
+
+
+@attrs.frozen
+class Preserve:
+    """Before the process that waits may go on, the copies are to be made; then the fault is decided again."""
+
+    copies: tuple[Copy, ...]
+
+
+@attrs.frozen
+class Bring:
+    """The page that is missing comes from a relative's store; who waits for it goes on then."""
+
+    copy: Copy
 
 
 @attrs.frozen
@@ -109,7 +136,7 @@ class Deliver:
     addr: Address
 
 
-Answer = Allow | Deliver | Fill | ZeroFill
+Answer = Allow | Bring | Deliver | Fill | Preserve | ZeroFill
 """What a fault can come to."""
 Change = Arm | Protect | Punch | Stash | Unstash | WriteBack
 """What a call can come to."""

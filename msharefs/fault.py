@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Allow, Answer, Deliver, Fill, Signal, ZeroFill
-from msharefs.page_table import pte_flags
+from msharefs.effects import Allow, Answer, Bring, Copy, Deliver, Fill, Preserve, Signal, ZeroFill
+from msharefs.frames import store_of
 from msharefs.perms import Access
+from msharefs.pte import pte_flags
 from msharefs.vma import Vma
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     """Decide one fault and install what it brings.
 
     1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that is there and
-    protected may be stored to from now on. 4. Make the page: one that the kernel misses is missing, whatever the tables
-    say. 5. Install it and go on; what comes from a file is installed when it has been read.
+    protected may be stored to from now on; one that forks refer to is theirs first. 4. Make the page: one that the
+    kernel misses is missing, whatever the tables say. 5. Install it and go on; what comes from a file, or from a
+    relative, is installed when it has been read.
     """
     vma = mm.vmas.find(fault.addr)
     if vma is None:
@@ -55,8 +57,14 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         return Resolution(Deliver(Signal.SIGSEGV, fault.addr), vma)
     page = AddrRange.page_at(fault.addr, mm.page)
     if fault.protected:
+        claims = () if mm.lineage.alone else tuple(mm.lineage.claims(mm, page))
+        if claims:
+            return Resolution(Preserve(claims), vma)
         mm.stored_to(page)
         return Resolution(Allow(page), vma)
+    frame = mm.table.frame_at(page.start) if mm.rule.forked else None
+    if frame is not None and store_of(frame) != mm.store:
+        return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
     source = vma.source_at(page.start)
     if source is not None:
         mm.missed(page)

@@ -24,8 +24,11 @@ from msharefs.errors import (
     NotSupportedError,
 )
 from msharefs.fault import Fault, Resolution, handle_fault
-from msharefs.page_table import FRAMES_IN_PMD, PageTable, Pte, PteFlag, pte_flags
+from msharefs.frames import frame_in
+from msharefs.lineage import Lineage
+from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Advice, Prot
+from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag, pte_flags
 from msharefs.rules import check_end, check_prot, check_store
 from msharefs.vma import Arming, FileId, FileSource, Vma
 from msharefs.vma_set import VmaSet
@@ -38,8 +41,9 @@ class HostMm:
     """What is mapped in one region (``vmas``) and what is installed (``table``).
 
     Every call decides and changes the model at once, between two awaits of its caller, and returns the effects that
-    make the kernel follow. A call that raises has changed nothing. Addresses are the region's own; frame n is page n of
-    the backing file.
+    make the kernel follow. A call that raises has changed nothing. Addresses are the region's own; frame n of ``store``
+    is page n of the backing file. A host mm with relatives (``lineage``) must not lose or change pages that they refer
+    to: see ``msharefs.forking`` for what is to be done before.
 
     ``granule`` is what the kernel may install at one fault of native memory: 2 MiB where the backing has huge pages. A
     granule that holds anything the daemon must see is paged as a whole: else a native fault beside a hole would fill
@@ -56,6 +60,7 @@ class HostMm:
         granule: int = PAGE_SIZE,
         paging_all: bool = False,
         hole_signal: Signal = Signal.SIGBUS,
+        lineage: Lineage | None = None,
     ) -> None:
         if not ar.is_aligned(page):
             raise InvalidArgumentError(f"{ar} is not made of whole pages")
@@ -65,6 +70,8 @@ class HostMm:
         self.table = PageTable(levels)
         self.rule = ArmingRule(ar, granule, paging_all=paging_all)
         self.hole_signal = hole_signal
+        self.lineage = lineage or Lineage()
+        self.store = self.lineage.add(self)
 
     @property
     def granule(self) -> int:
@@ -208,6 +215,8 @@ class HostMm:
         vma = self.vmas.find(page.start)
         if vma is not None and vma.reaches_file:
             self.enter(page, pte_flags(vma.prot) | PteFlag.DIRTY)
+        elif vma is not None and self.rule.forked and self.table.frame_at(page.start) == self.frame_at(page.start):
+            self.enter(page, pte_flags(vma.prot))
 
     def enter(self, ar: AddrRange, flags: PteFlag) -> None:
         """Install pages over ``ar``, in place of what is there. Preconditions: it is made of whole pages."""
@@ -233,14 +242,16 @@ class HostMm:
         """Bring the tables up to date with the backing's allocation map: native memory fills without a word.
 
         ``present`` are the ranges that hold data, in order, as SEEK_DATA and SEEK_HOLE tell; with ``huge``, whole
-        2 MiB of them are installed as leaves. What lies outside the VMAs that may be touched is left out.
+        2 MiB of them are installed as leaves. What lies outside the VMAs that may be touched is left out. Where there
+        are relatives pages are only added: what is installed is theirs, too.
         """
         dirty = self.dirty(self.ar)
-        self.table.clear_range(self.ar)
+        if not self.rule.forked:
+            self.table.clear_range(self.ar)
         for data in present:
             inside = data.intersect(self.ar)
-            if inside is not None:
-                self._install(inside, huge=huge)
+            for part in self.table.holes(inside) if inside is not None else ():
+                self._install(part, huge=huge)
         for run in dirty:
             self.enter(run, pte_flags(PROT_RW) | PteFlag.DIRTY)
 
@@ -253,8 +264,8 @@ class HostMm:
         return self.rule.holes_beside_memory(self.vmas)
 
     def frame_at(self, addr: Address) -> FrameNo:
-        """The frame that belongs to ``addr``: frame n is page n of the backing file."""
-        return FrameNo((addr - self.ar.start) >> PAGE_SHIFT)
+        """The frame of its own that belongs to ``addr``: frame n is page n of the backing file."""
+        return frame_in(self.store, (addr - self.ar.start) >> PAGE_SHIFT)
 
     def _install(self, ar: AddrRange, *, huge: bool) -> None:
         """Enter pages that are there, in what may be touched of ``ar``."""

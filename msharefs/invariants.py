@@ -5,8 +5,8 @@ from __future__ import annotations
 from msharefs.addr import PAGE_SHIFT, PMD_SIZE, AddrRange
 from msharefs.errors import InternalError
 from msharefs.host_mm import HostMm
-from msharefs.page_table import FRAMES_IN_PMD, Pte, PteFlag
 from msharefs.perms import PROT_RW, Prot
+from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag
 from msharefs.vma import Vma
 
 

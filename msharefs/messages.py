@@ -167,6 +167,15 @@ class Remove:
 
 
 @attrs.frozen
+class Fork:
+    """Client: make region ``name``, a copy-on-write twin of that behind an attachment, with permissions of its own."""
+
+    attachment: int
+    name: str
+    mode: int
+
+
+@attrs.frozen
 class GetStat:
     """Client: tell about a region; by attachment, or by one descriptor of the opened file."""
 
@@ -277,7 +286,7 @@ class Listing:
     more: bool = False
 
 
-Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
+Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove | Fork
 Changing = Mmap | Munmap | Mprotect | Madvise | Msync
 Request = Attaching | Changing | GetStat | GetMaps | GetList
 Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed

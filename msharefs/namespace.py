@@ -98,13 +98,7 @@ class Namespace:
 
         Without ``empty`` it starts as one anonymous read-write mapping. ``mode`` is what umask left.
         """
-        check_name(name)
-        if name in self._by_name:
-            raise ExistsError(f"region {name!r} exists")
-        if not self.root.allows(who, FileAccess.WRITE | FileAccess.EXEC):
-            raise AccessDeniedError("creating a region needs write permission on the mount's root (mshared --mode)")
-        if mode & ~0o777:
-            raise InvalidArgumentError(f"mode {mode:#o} has bits other than the nine of rwxrwxrwx")
+        self._check_new(name, mode, who)
         align = max(self.policy.align, backing.align)
         why = "mshared --align" if align == self.policy.align else f"backing {backing}"
         ar = check_user_range(WINDOW_START if addr is None else addr, size, align, why)
@@ -123,6 +117,25 @@ class Namespace:
         owner = Ownership(who.uid, who.gid, mode)
         region = Region(RegionId(next(self._region_ids)), name, owner, backing, mm)
         self._by_name[name] = self._by_id[region.id] = region
+        return region
+
+    def check_fork(self, origin: Region, name: str | None, mode: int, who: Credentials) -> None:
+        """Whether ``fork`` may be called; raises what ``create`` raises. Without a name it needs no permission."""
+        if name is not None:
+            self._check_new(name, mode, who)
+        self._check_limits(origin.ar.size, who)
+
+    def fork(self, origin: Region, mm: HostMm, name: str | None, mode: int, who: Credentials) -> Region:
+        """A region with a fork of the host mm of ``origin``, ready from the start. It ends as others do.
+
+        Preconditions: ``check_fork`` has passed.
+        """
+        owner = Ownership(who.uid, who.gid, mode)
+        number = RegionId(next(self._region_ids))
+        region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.id)
+        self._by_id[number] = region
+        if name is not None:
+            self._by_name[name] = region
         return region
 
     def attach(
@@ -181,6 +194,15 @@ class Namespace:
         """Carry out chmod and chown; whether the caller may is checked by the kernel before it asks."""
         changes = {"mode": mode, "uid": uid, "gid": gid}
         region.owner = attrs.evolve(region.owner, **{k: v for k, v in changes.items() if v is not None})
+
+    def _check_new(self, name: str, mode: int, who: Credentials) -> None:
+        check_name(name)
+        if name in self._by_name:
+            raise ExistsError(f"region {name!r} exists")
+        if not self.root.allows(who, FileAccess.WRITE | FileAccess.EXEC):
+            raise AccessDeniedError("creating a region needs write permission on the mount's root (mshared --mode)")
+        if mode & ~0o777:
+            raise InvalidArgumentError(f"mode {mode:#o} has bits other than the nine of rwxrwxrwx")
 
     def _drop_name(self, region: Region) -> None:
         if region.name is not None:

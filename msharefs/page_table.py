@@ -8,10 +8,8 @@ so only at munmap). A leaf table is one array of 512 words, encoded as the proce
 
 from __future__ import annotations
 
-import enum
 from array import array
 from collections.abc import Iterator
-from typing import Final
 
 import attrs
 
@@ -20,114 +18,16 @@ from msharefs.addr import (
     PAGE_SIZE,
     PMD_SIZE,
     TABLE_ENTRIES,
-    TABLE_SHIFT,
     Address,
     AddrRange,
     FrameNo,
 )
 from msharefs.errors import InternalError, InvalidArgumentError
-from msharefs.perms import Prot
+from msharefs.pte import FRAMES_IN_PMD, HUGE, NO_FLAGS, PRESENT, Pte, PteFlag
+from msharefs.tables import Directory, Leaf, entry_index, entry_span, forked, leaf_runs, leaves
 
 LEVEL_NAMES = {4: ("pte", "pmd", "pud", "pgd"), 5: ("pte", "pmd", "pud", "p4d", "pgd")}
 """Names of the levels, lowest first, for tables of 4 and of 5 levels."""
-FRAMES_IN_PMD = PMD_SIZE // PAGE_SIZE
-
-
-class PteFlag(enum.IntFlag):
-    """Bits of an entry, where x86-64 has them."""
-
-    PRESENT = 1 << 0
-    WRITE = 1 << 1
-    DIRTY = 1 << 6
-    HUGE = 1 << 7
-    UFFD_WP = 1 << 10
-
-
-NO_FLAGS = PteFlag(0)
-
-
-_PRESENT: Final = int(PteFlag.PRESENT)
-_HUGE: Final = int(PteFlag.HUGE)
-"""As plain integers: arithmetic on enum flags takes longer than all else in a fault."""
-_FLAGS_OF_PROT: Final = {
-    Prot(bits): PteFlag.PRESENT | (PteFlag.WRITE if bits & Prot.WRITE else PteFlag.UFFD_WP) for bits in range(8)
-}
-
-
-def pte_flags(prot: Prot) -> PteFlag:
-    """The flags of a page in a mapping of ``prot`` (compare vm_get_page_prot): read-only is write-protected."""
-    return _FLAGS_OF_PROT[prot]
-
-
-@attrs.frozen
-class Pte:
-    """One installed page: its first frame and its flags. With HUGE it maps 2 MiB, else 4 KiB."""
-
-    frame: FrameNo
-    flags: PteFlag = PteFlag.PRESENT | PteFlag.WRITE
-
-    @property
-    def is_huge(self) -> bool:
-        """Whether it maps 2 MiB."""
-        return bool(int(self.flags) & _HUGE)
-
-    @property
-    def size(self) -> int:
-        """Bytes it maps."""
-        return PMD_SIZE if self.is_huge else PAGE_SIZE
-
-    def pack(self) -> int:
-        """The entry's word."""
-        return self.frame << PAGE_SHIFT | int(self.flags) | _PRESENT
-
-    @classmethod
-    def unpack(cls, word: int) -> Pte:
-        """The page that ``word`` stands for."""
-        return cls(FrameNo(word >> PAGE_SHIFT), PteFlag(word & (PAGE_SIZE - 1)))
-
-
-class _Leaf:
-    """A table of PTEs."""
-
-    __slots__ = ("used", "words")
-    level = 0
-
-    def __init__(self) -> None:
-        self.words = array("Q", bytes(8 * TABLE_ENTRIES))
-        self.used = 0
-
-    def put_one(self, index: int, word: int) -> int:
-        """Store one word, which is not 0; how many more are in use now."""
-        more = 0 if self.words[index] else 1
-        self.used += more
-        self.words[index] = word
-        return more
-
-    def put(self, first: int, words: array[int]) -> None:
-        """Store ``words`` from entry ``first``, recounting what is in use."""
-        part = slice(first, first + len(words))
-        self.used += self.words[part].count(0) - words.count(0)
-        self.words[part] = words
-
-
-class _Directory:
-    """A table of tables; on level 1 its entries may be 2 MiB leaves (ints) instead."""
-
-    __slots__ = ("entries", "level")
-
-    def __init__(self, level: int) -> None:
-        self.level = level
-        self.entries: dict[int, _Directory | _Leaf | int] = {}
-
-
-def _span(level: int) -> int:
-    """Bytes that one entry of a table of ``level`` maps."""
-    return 1 << (PAGE_SHIFT + TABLE_SHIFT * level)
-
-
-def _index(addr: int, level: int) -> int:
-    """Which entry of its table of ``level`` maps ``addr``."""
-    return (addr >> (PAGE_SHIFT + TABLE_SHIFT * level)) & (TABLE_ENTRIES - 1)
 
 
 class PageTable:
@@ -141,13 +41,13 @@ class PageTable:
         if levels not in LEVEL_NAMES:
             raise InvalidArgumentError(f"page tables have 4 or 5 levels, not {levels}")
         self.levels = levels
-        self._top = _Directory(levels - 1)
+        self._top = Directory(levels - 1)
         self.tables = [0] * (levels - 1) + [1]
         """How many tables exist a level, lowest first."""
         self.pages = 0
         """4 KiB pages installed as such."""
         self._last_start = -1
-        self._last_leaf = _Leaf()
+        self._last_leaf = Leaf()
         """The leaf table that was looked up last, and where it starts: faults come in crowds."""
         self.huge_pages = 0
         """2 MiB leaves installed."""
@@ -164,15 +64,15 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        table: _Directory | _Leaf = self._last_leaf if addr & -PMD_SIZE == self._last_start else self._top
-        while isinstance(table, _Directory):
-            below = table.entries.get(_index(addr, table.level))
+        table: Directory | Leaf = self._last_leaf if addr & -PMD_SIZE == self._last_start else self._top
+        while isinstance(table, Directory):
+            below = table.entries.get(entry_index(addr, table.level))
             if below is None:
                 return None
             if isinstance(below, int):
                 return Pte.unpack(below)
             table = below
-        word = table.words[_index(addr, 0)]
+        word = table.words[entry_index(addr, 0)]
         return Pte.unpack(word) if word else None
 
     def set(self, addr: Address, pte: Pte) -> None:
@@ -181,23 +81,23 @@ class PageTable:
         Preconditions: ``addr`` is a multiple of the page's size, and so is a 2 MiB leaf's frame.
         """
         word = pte.pack()
-        huge = word & _HUGE
+        huge = word & HUGE
         if addr % (PMD_SIZE if huge else PAGE_SIZE) or (huge and pte.frame % FRAMES_IN_PMD):
             raise InternalError(f"page of {pte.size} bytes installed at {addr:#x}")
         if huge:
             self.clear_range(AddrRange.sized(addr, PMD_SIZE))
-            self._pmd(addr).entries[_index(addr, 1)] = word
+            self._pmd(addr).entries[entry_index(addr, 1)] = word
             self.huge_pages += 1
         else:
             leaf = self._leaf(addr)
-            self.pages += leaf.put_one(_index(addr, 0), word)
+            self.pages += leaf.put_one(entry_index(addr, 0), word)
 
     def set_range(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
         """Install consecutive frames over ``ar`` in 4 KiB pages (2 MiB leaves come by ``set``)."""
-        low = (int(flags) | _PRESENT) & ~_HUGE
+        low = (int(flags) | PRESENT) & ~HUGE
         if ar.size == PAGE_SIZE:
             leaf = self._leaf(ar.start)
-            self.pages += leaf.put_one(_index(ar.start, 0), frame << PAGE_SHIFT | low)
+            self.pages += leaf.put_one(entry_index(ar.start, 0), frame << PAGE_SHIFT | low)
             return
         for piece in ar.pieces(PMD_SIZE):
             first = frame + (piece.start - ar.start) // PAGE_SIZE
@@ -217,6 +117,55 @@ class PageTable:
         A 2 MiB leaf that sticks out is split first. Preconditions: PRESENT and HUGE are not among them.
         """
         self._change(self._top, ar, int(add), ~int(drop))
+
+    def fork(self) -> PageTable:
+        """The same entries in tables of another mm (compare dup_mmap and COW PTE's copy_cow_pte_range).
+
+        Leaf tables are shared, at the cost of a reference each; a 2 MiB leaf is an entry of both, protected.
+        """
+        self._last_start = -1
+        twin = PageTable(self.levels)
+        twin._top = forked(self._top)
+        twin.tables, twin.pages, twin.huge_pages = list(self.tables), self.pages, self.huge_pages
+        return twin
+
+    def release(self) -> None:
+        """Drop all entries; leaf tables that others share stay theirs (compare free_pgtables)."""
+        self.clear_range(AddrRange.sized(0, entry_span(self.levels)))
+
+    def own(self, addr: Address) -> None:
+        """Share the leaf table of ``addr``, if there is one, with nobody (compare break_cow_pte).
+
+        The sole owner keeps it as it is.
+        """
+        if isinstance(self._pmd(addr).entries.get(entry_index(addr, 1)), Leaf):
+            self._leaf(addr)
+
+    def frame_at(self, addr: Address) -> FrameNo | None:
+        """The frame of the 4 KiB at ``addr``, or None."""
+        pte = self.walk(addr)
+        if pte is None:
+            return None
+        return FrameNo(pte.frame + (addr % PMD_SIZE >> PAGE_SHIFT)) if pte.is_huge else pte.frame
+
+    def reassign(self, ar: AddrRange, frame: FrameNo) -> None:
+        """Have the pages of ``ar`` lie in other frames, in all tables that share the leaf.
+
+        Preconditions: all are installed; ``ar`` is as long as one page, small or huge.
+        """
+        entry = self._pmd(ar.start).entries[entry_index(ar.start, 1)]
+        if isinstance(entry, int) and ar.size == PMD_SIZE:
+            self._pmd(ar.start).entries[entry_index(ar.start, 1)] = frame << PAGE_SHIFT | entry & (PAGE_SIZE - 1)
+            return
+        leaf = entry if isinstance(entry, Leaf) else self._leaf(ar.start)
+        first = entry_index(ar.start, 0)
+        for number in range(ar.size // PAGE_SIZE):
+            word = leaf.words[first + number]
+            leaf.words[first + number] = (frame + number) << PAGE_SHIFT | word & (PAGE_SIZE - 1)
+
+    def shared_tables(self) -> int:
+        """How many leaf tables others share."""
+        return sum(leaf.refs > 1 for leaf in leaves(self._top))
 
     def runs(self, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
         """What is installed in ``ar``, in order: ranges of consecutive frames with equal flags, and their first page.
@@ -245,11 +194,11 @@ class PageTable:
     def recount(self) -> tuple[list[int], int, int]:
         """Tables a level, pages and 2 MiB leaves, counted anew; InternalError for an empty table."""
         tables, pages, huge = [0] * self.levels, 0, 0
-        todo: list[_Directory | _Leaf] = [self._top]
+        todo: list[Directory | Leaf] = [self._top]
         while todo:
             table = todo.pop()
             tables[table.level] += 1
-            if isinstance(table, _Leaf):
+            if isinstance(table, Leaf):
                 used = TABLE_ENTRIES - table.words.count(0)
                 if used != table.used or not used:
                     raise InternalError(f"leaf table counts {table.used} entries and holds {used}")
@@ -261,32 +210,34 @@ class PageTable:
             todo += [entry for entry in table.entries.values() if not isinstance(entry, int)]
         return tables, pages, huge
 
-    def _pmd(self, addr: Address) -> _Directory:
+    def _pmd(self, addr: Address) -> Directory:
         """The level-1 table for ``addr``, made when it is not there (compare pmd_alloc)."""
         table = self._top
         while table.level > 1:
-            below = table.entries.get(_index(addr, table.level))
+            below = table.entries.get(entry_index(addr, table.level))
             if below is None:
-                below = _Directory(table.level - 1)
-                table.entries[_index(addr, table.level)] = below
+                below = Directory(table.level - 1)
+                table.entries[entry_index(addr, table.level)] = below
                 self.tables[below.level] += 1
-            if not isinstance(below, _Directory):
+            if not isinstance(below, Directory):
                 raise InternalError(f"no directory on level {table.level - 1} at {addr:#x}")
             table = below
         return table
 
-    def _leaf(self, addr: Address) -> _Leaf:
+    def _leaf(self, addr: Address) -> Leaf:
         """The leaf table for ``addr``, made when it is not there; a 2 MiB leaf is split (compare __split_huge_pmd)."""
         start = addr & -PMD_SIZE
         if start == self._last_start:
             return self._last_leaf
         pmd = self._pmd(addr)
-        below = pmd.entries.get(_index(addr, 1))
-        if isinstance(below, _Leaf):
+        below = pmd.entries.get(entry_index(addr, 1))
+        if isinstance(below, Leaf):
+            if below.refs > 1:
+                below = pmd.entries[entry_index(addr, 1)] = below.broken()
             self._last_start, self._last_leaf = start, below
             return below
-        leaf = _Leaf()
-        pmd.entries[_index(addr, 1)] = leaf
+        leaf = Leaf()
+        pmd.entries[entry_index(addr, 1)] = leaf
         self.tables[0] += 1
         if isinstance(below, int):
             first = below & ~int(PteFlag.HUGE)
@@ -299,13 +250,13 @@ class PageTable:
         """Store PTE words from ``addr`` on. Preconditions: they fit into one leaf table."""
         leaf = self._leaf(addr)
         before = leaf.used
-        leaf.put(_index(addr, 0), words)
+        leaf.put(entry_index(addr, 0), words)
         self.pages += leaf.used - before
 
-    def _clear(self, table: _Directory, ar: AddrRange) -> None:
+    def _clear(self, table: Directory, ar: AddrRange) -> None:
         """Take the pages in ``ar`` out of the tables below ``table``."""
         for piece in self._pieces(table, ar):
-            index = _index(piece.start, table.level)
+            index = entry_index(piece.start, table.level)
             below = table.entries[index]
             if isinstance(below, int):
                 if piece.size == PMD_SIZE:
@@ -313,10 +264,15 @@ class PageTable:
                     self.huge_pages -= 1
                     continue
                 below = self._leaf(piece.start)
-            if isinstance(below, _Directory):
+            if isinstance(below, Directory):
                 self._clear(below, piece)
                 empty = not below.entries
+            elif piece.size == PMD_SIZE:
+                self.pages -= below.used
+                below.refs -= 1
+                empty = True
             else:
+                below = self._leaf(piece.start)
                 self._put(piece.start, array("Q", bytes(8 * (piece.size // PAGE_SIZE))))
                 empty = not below.used
             if empty:
@@ -324,26 +280,27 @@ class PageTable:
                 del table.entries[index]
                 self.tables[below.level] -= 1
 
-    def _change(self, table: _Directory, ar: AddrRange, add: int, keep: int) -> None:
+    def _change(self, table: Directory, ar: AddrRange, add: int, keep: int) -> None:
         """Set and clear bits of the pages in ``ar`` below ``table``."""
         for piece in self._pieces(table, ar):
-            index = _index(piece.start, table.level)
+            index = entry_index(piece.start, table.level)
             below = table.entries[index]
             if isinstance(below, int):
                 if piece.size == PMD_SIZE:
                     table.entries[index] = (below | add) & keep
                     continue
                 below = self._leaf(piece.start)
-            if isinstance(below, _Directory):
+            if isinstance(below, Directory):
                 self._change(below, piece, add, keep)
             else:
-                first = _index(piece.start, 0)
+                below = self._leaf(piece.start)
+                first = entry_index(piece.start, 0)
                 part = slice(first, first + piece.size // PAGE_SIZE)
                 below.words[part] = array("Q", [(word | add) & keep if word else 0 for word in below.words[part]])
 
-    def _pieces(self, table: _Directory, ar: AddrRange) -> Iterator[AddrRange]:
+    def _pieces(self, table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
         """``ar`` cut to the entries that ``table`` has, in order; cost follows the entries, not the range."""
-        span = _span(table.level)
+        span = entry_span(table.level)
         base = ar.start & ~(span * TABLE_ENTRIES - 1)
         wanted = range((ar.start - base) // span, (ar.end - 1 - base) // span + 1)
         held = table.entries
@@ -352,29 +309,15 @@ class PageTable:
             if piece is not None:
                 yield piece
 
-    def _runs(self, table: _Directory, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
+    def _runs(self, table: Directory, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
         """The runs of ``ar`` below ``table``."""
         for piece in self._pieces(table, ar):
-            below = table.entries[_index(piece.start, table.level)]
-            if isinstance(below, _Directory):
+            below = table.entries[entry_index(piece.start, table.level)]
+            if isinstance(below, Directory):
                 yield from self._runs(below, piece)
-            elif isinstance(below, _Leaf):
-                yield from _leaf_runs(below, piece)
+            elif isinstance(below, Leaf):
+                yield from leaf_runs(below, piece)
             else:
                 pte = Pte.unpack(below)
                 skipped = (piece.start % PMD_SIZE) // PAGE_SIZE
                 yield piece, attrs.evolve(pte, frame=FrameNo(pte.frame + skipped))
-
-
-def _leaf_runs(leaf: _Leaf, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
-    """Runs of consecutive words: each is the one before plus a page."""
-    first = _index(ar.start, 0)
-    last = first + ar.size // PAGE_SIZE
-    while first < last:
-        word, end = leaf.words[first], first + 1
-        if word:
-            while end < last and leaf.words[end] == word + (end - first) * PAGE_SIZE:
-                end += 1
-            start = ar.start & ~(PMD_SIZE - 1) | first * PAGE_SIZE
-            yield AddrRange.sized(start, (end - first) * PAGE_SIZE), Pte.unpack(word)
-        first = end

@@ -33,6 +33,7 @@ from msharefs.messages import DonatedRange as DonatedRange
 from msharefs.messages import Done as Done
 from msharefs.messages import Exists as Exists
 from msharefs.messages import Failed as Failed
+from msharefs.messages import Fork as Fork
 from msharefs.messages import GetList as GetList
 from msharefs.messages import GetMaps as GetMaps
 from msharefs.messages import GetStat as GetStat
@@ -81,6 +82,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "detach": Detach,
     "unlink": Unlink,
     "remove": Remove,
+    "fork": Fork,
     "get_stat": GetStat,
     "get_maps": GetMaps,
     "get_list": GetList,

@@ -67,7 +67,8 @@ class Attachment:
 class Region:
     """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon.
 
-    ``unshared`` is set once page tables that the kernel could share are shared no more.
+    ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the region that
+    this is a fork of.
     """
 
     id: RegionId
@@ -78,6 +79,7 @@ class Region:
     ready: bool = False
     faults: int = 0
     unshared: Unshared | None = None
+    origin: RegionId | None = None
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
 
     @property

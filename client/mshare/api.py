@@ -38,13 +38,14 @@ def mshare(
     """Create a region, or attach to one: afterwards ``length`` bytes at ``addr`` are the same memory for everybody.
 
     With O_CREAT in ``oflags`` (and O_EXCL, if it must be new): what this process has mapped in the range becomes the
-    region's, contents included; where nothing is mapped it has holes. With nothing mapped at all it starts as
-    read-write memory, or with ``empty`` as one hole. ``mode`` less umask are the permissions of its file; ``backing``
-    is ``thp``, ``4k`` or ``hugetlb``. Without O_CREAT: attach to the region, at its own address for ``addr`` None;
-    ``length`` may be 0. O_RDONLY gives a window that cannot write.
+    region's, contents included, and mappings of files stay that; where nothing is mapped it has holes. With nothing
+    mapped at all it starts as read-write memory, or with ``empty`` as one hole. ``mode`` less umask are the permissions
+    of its file; ``backing`` is ``thp``, ``4k`` or ``hugetlb``. Without O_CREAT: attach to the region, at its own
+    address for ``addr`` None; ``length`` may be 0. O_RDONLY gives a window that cannot write.
 
     Raises OSError with the errno of the kernel's own calls and the cure in its text: EINVAL (name, alignment, range
-    in use, flags, wrong length), EEXIST, ENOENT, EACCES, ENAMETOOLONG, ENOSPC, EDQUOT, EOPNOTSUPP.
+    in use, flags, wrong length, a file that cannot be opened again), E2BIG (more files than can be donated at once),
+    EEXIST, ENOENT, EACCES, ENAMETOOLONG, ENOSPC, EDQUOT, EOPNOTSUPP.
     """
     text = checked_name(name)
     _check_flags(oflags)

@@ -14,6 +14,7 @@ from typing import Final, Self
 from mshare import connection
 from mshare import syscalls as sc
 from mshare.connection import Connection, collect_maps
+from mshare.tickets import Name, checked_name
 from mshare.window import Window
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE
@@ -143,6 +144,15 @@ class Region:
         self._link.call(request, protocol.Done)
         if advice not in self._served_advice:
             sc.madvise(self.address + offset, length, advice)
+
+    def fork(self, name: Name, mode: int = 0o600) -> None:
+        """Make a region ``name`` with the same mappings and, as of now, the same contents, at once.
+
+        Both are independent from then on: a page is copied when one of them changes it. ``mode`` less umask are the
+        permissions of its file. Raises OSError: EINVAL, EEXIST, EACCES, ENOSPC, EDQUOT, ENOMEM; ValueError if closed.
+        """
+        request = protocol.Fork(self._own_attachment(), checked_name(name), mode & ~sc.umask())
+        self._link.call(request, protocol.Done)
 
     def detach(self) -> None:
         """Unmap the window and end this reference; a second call does nothing.

@@ -21,9 +21,11 @@ from msharefs.effects import (
     Allow,
     Answer,
     Arm,
+    Bring,
     Change,
     Deliver,
     Fill,
+    Preserve,
     Protect,
     Punch,
     Signal,
@@ -129,8 +131,8 @@ def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: An
             return _zero_fill(attachment, effect)
         case Allow():
             return _try(attachment, partial(attachment.uffd.write_protect, attachment.guest(effect.ar), protect=False))
-        case Fill():
-            raise InternalError(f"{effect} takes a while: see mshared.filling")
+        case Fill() | Bring() | Preserve():
+            raise InternalError(f"{effect} is more than an answer: see mshared.filling and mshared.family")
         case Deliver(signal):
             return _deliver(attachment, addr, tid, signal)
 

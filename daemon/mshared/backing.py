@@ -283,10 +283,15 @@ def held(fd: int, ar: AddrRange, kind: BackingKind, device: int | None) -> list[
 def move(source: int, parts: list[AddrRange], write: Callable[[bytes, int], None]) -> None:
     """Move what ``source`` holds in ``parts`` to where ``write`` puts it. Raises OSError with all still in source."""
     for part in parts:
-        for piece in part.pieces(PMD_SIZE):
-            write(os.pread(source, piece.size, piece.start), piece.start)
+        copy(source, part, write)
     for part in parts:
         punch(source, part)
+
+
+def copy(source: int, part: AddrRange, write: Callable[[bytes, int], None]) -> None:
+    """Have ``write`` put what ``source`` holds in a range of offsets somewhere else."""
+    for piece in part.pieces(PMD_SIZE):
+        write(os.pread(source, piece.size, piece.start), piece.start)
 
 
 def write_to(fd: int) -> Callable[[bytes, int], None]:

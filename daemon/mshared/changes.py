@@ -24,7 +24,7 @@ from msharefs.errors import (
     NoDeviceError,
     NoMemoryError,
 )
-from msharefs.perms import Advice, MapFlag, Prot
+from msharefs.perms import PROT_RW, Advice, MapFlag, Prot
 from msharefs.vma import FileSource
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,10 @@ class Changes:
         opened = None if file is None else await open_file(file)
         try:
             if request.offset is not None:
-                await self._flush(live, live.region.model.range_at(request.offset, request.length))
+                ar = live.region.model.range_at(request.offset, request.length)
+                await self._flush(live, ar)
+                if flags & MapFlag.FIXED:
+                    await live.region.family.make_way(live.region.model.mm, ar)
         except BaseException:
             if opened is not None:
                 os.close(opened.fd)
@@ -96,6 +99,7 @@ class Changes:
         ar = live.region.model.range_at(request.offset, request.length)
         await self._flush(live, ar)
         await live.region.prepare_to_punch(ar)
+        await live.region.family.make_way(live.region.model.mm, ar)
         self._change(live, lambda: live.region.model.mm.munmap(ar))
         live.region.drop_unused_files()
 
@@ -114,9 +118,11 @@ class Changes:
         ar = live.region.model.range_at(request.offset, request.length)
         await self._flush(live, ar)
         prot = checked_prot(request.prot)
+        if not prot & PROT_RW:
+            await live.region.family.make_way(live.region.model.mm, ar, bring=True)
         self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
 
-    def madvise(self, live: LiveAttachment, request: protocol.Madvise) -> None:
+    async def madvise(self, live: LiveAttachment, request: protocol.Madvise) -> None:
         """Take advice about a range (compare madvise(2)). What has no effect on others the client does by itself."""
         try:
             advice = Advice(request.advice)
@@ -126,6 +132,7 @@ class Changes:
         ar = live.region.model.range_at(request.offset, request.length)
         mm.check_mapped(ar)
         if advice is Advice.REMOVE:
+            await live.region.family.make_way(mm, ar)
             self._change(live, lambda: mm.madvise_remove(ar))
         elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
             mm.madvise_reading(ar, advice)

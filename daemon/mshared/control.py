@@ -202,6 +202,9 @@ class _Connection:
             case protocol.Munmap() | protocol.Mprotect() | protocol.Madvise() | protocol.Msync():
                 _expect(fds, 0)
                 return await service.change(caller, message, None)
+            case protocol.Fork():
+                _expect(fds, 0)
+                return await service.fork(caller, message)
             case protocol.GetStat():
                 return Answer(await service.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():

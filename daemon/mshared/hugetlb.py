@@ -119,3 +119,16 @@ def overwrite(fd: int, offset: int, data: bytes) -> None:
 def allocate(fd: int, ar: AddrRange) -> None:
     """Make all pages of a range of offsets, zeroed where there are none: 0.1 s a GiB. Raises OSError ENOSPC."""
     os.posix_fallocate(fd, ar.start, ar.size)
+
+
+def use_promises(fd: int, ar: AddrRange) -> None:
+    """Make the pages of a range of offsets as far as there are any: punching them then gives their promises back.
+
+    One by one: what somebody has punched has no promise left, and another user of the pool may have the page.
+    """
+    for page in ar.pieces(PMD_SIZE):
+        try:
+            allocate(fd, page)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise

@@ -18,6 +18,7 @@ import trio
 
 from mshared import apply, processes
 from mshared.backing import Backing
+from mshared.family import Family
 from mshared.filling import Filling, Waiting
 from mshared.forks import Forks
 from mshared.live import LiveAttachment, LiveRegion, Staged
@@ -26,9 +27,9 @@ from mshared.uffd import Outcome, Uffd, is_userfaultfd
 from mshared.writeback import Settling
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.effects import Deliver, Fill, Signal
+from msharefs.effects import Bring, Deliver, Fill, Preserve, Signal
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
-from msharefs.fault import Fault
+from msharefs.fault import Fault, Resolution
 from msharefs.namespace import Namespace
 from msharefs.perms import Access
 from msharefs.region import AttachmentId, Region, RegionId
@@ -77,9 +78,9 @@ class Lifetimes:
         """See to what the kernel reports now; forked children are attachments then."""
         self._pager.drain()
 
-    def add_region(self, model: Region, backing: Backing) -> LiveRegion:
+    def add_region(self, model: Region, backing: Backing, family: Family | None = None) -> LiveRegion:
         """Take over a new region and its files."""
-        live = LiveRegion(model, backing, self.uffd_device)
+        live = LiveRegion(model, backing, self.uffd_device, family or Family())
         self._regions[model.id] = live
         return live
 
@@ -267,6 +268,9 @@ class Lifetimes:
             region.count_served(vma)
             self.filling.request(effect, vma, Waiting(live, flags, addr, tid))
             return
+        if isinstance(effect, Bring | Preserve):
+            self._copy_first(Waiting(live, flags, addr, tid), resolution)
+            return
         outcome = apply.answer_fault(live, Address(addr), tid, effect)
         if live.refused:
             self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
@@ -289,6 +293,22 @@ class Lifetimes:
             self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
         if outcome is Outcome.RETRY:
             self._pager.later(lambda: self._on_stray(live, addr, tid))
+
+    def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
+        """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""
+        live, region, effect = fault.attachment, fault.attachment.region, resolution.effect
+        copies = effect.copies if isinstance(effect, Preserve) else (effect.copy,) if isinstance(effect, Bring) else ()
+        try:
+            region.family.make_or_reclaim(region.model.mm, copies)
+        except OSError as error:
+            log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
+            apply.answer_fault(live, Address(fault.addr), fault.tid, Deliver(Signal.SIGBUS, Address(fault.addr)))
+            return
+        if isinstance(effect, Preserve):
+            self._on_fault(live, fault.flags, fault.addr, fault.tid)
+        else:
+            region.model.count_served(resolution.vma)
+            apply.wake(live, live.page_at(fault.addr))
 
     def _take_back_after(self, live: LiveAttachment, deadline: float) -> None:
         """Arm refused pages as before, once the system call has seen to fail."""

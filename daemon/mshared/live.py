@@ -13,6 +13,7 @@ import trio
 
 from mshared import hugetlb, processes
 from mshared.backing import Backing, held, punch
+from mshared.family import Family
 from mshared.files import MappedFile
 from mshared.filler import Filler
 from mshared.uffd import Uffd
@@ -133,12 +134,13 @@ class LiveRegion:
     since the model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall
     clock's time, for people. ``ended``: the namespace has let it go, and it closes when its files have every store.
     ``unwritten`` is what a change has left to be written to files; ``written`` is not set while the files of a region
-    that nobody is attached to are brought up to date.
+    that nobody is attached to are brought up to date. ``family`` are its forks, and those that it is a fork of.
     """
 
     model: Region
     backing: Backing
     uffd_device: int | None
+    family: Family = attrs.Factory(Family)
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
@@ -160,6 +162,7 @@ class LiveRegion:
     def __attrs_post_init__(self) -> None:
         """There is nothing to write yet."""
         self.written.set()
+        self.family.join(self)
 
     def filler(self) -> Filler:
         """What puts single pages into the backing; made when first needed."""
@@ -196,6 +199,12 @@ class LiveRegion:
         number = FileId(next(self._file_ids))
         self.files[number] = MappedFile(fd)
         return number
+
+    def inherit_files(self, origin: LiveRegion) -> None:
+        """Have descriptors of one's own of the files that are mapped into another region, by the same numbers."""
+        for number, file in origin.files.items():
+            self.files[number] = MappedFile(os.dup(file.fd))
+        self._file_ids = itertools.count(max(self.files, default=0) + 1)
 
     def drop_unused_files(self) -> None:
         """Close the files that no mapping shows any more."""
@@ -242,7 +251,7 @@ class LiveRegion:
         if self._filler is not None:
             self._filler.close()
             self._filler = None
-        self.backing.close()
+        self.family.leave(self)
         if self._stash is not None:
             os.close(self._stash)
             self._stash = None

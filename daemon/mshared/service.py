@@ -14,6 +14,7 @@ from mshared.backing import BackingStore, held, resident
 from mshared.changes import Changes, Opened
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.snapshots import Snapshots, Wish
 from mshared.tickets import Ticket, read_ticket
 from mshared.writeback import write_out
 from msharefs import dump, protocol
@@ -87,6 +88,7 @@ class Service:
         self.store = store
         self.default_backing = default_backing
         self._changes = changes
+        self._snapshots = Snapshots(namespace, lifetimes, store)
         self._notes = notes
 
     def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
@@ -255,9 +257,15 @@ class Service:
             case protocol.Mprotect():
                 await self._changes.mprotect(live, request)
             case protocol.Madvise():
-                self._changes.madvise(live, request)
+                await self._changes.madvise(live, request)
             case protocol.Msync():
                 await self._changes.msync(live, request)
+        return Answer(protocol.Done())
+
+    async def fork(self, caller: Caller, request: protocol.Fork) -> Answer:
+        """Make a copy-on-write twin of a region that the caller has a window on."""
+        origin = self._own(caller, request.attachment).region
+        await self._snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
         return Answer(protocol.Done())
 
     def listing(self, request: protocol.GetList) -> Answer:

@@ -9,8 +9,8 @@ from msharefs.effects import Allow, Deliver, Fill, Signal, ZeroFill
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.page_table import Pte, PteFlag
 from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.pte import Pte, PteFlag
 from msharefs.vma import FileId, FileSource
 
 BASE = 32 << 40

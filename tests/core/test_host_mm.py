@@ -12,8 +12,8 @@ from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.page_table import PteFlag
 from msharefs.perms import PROT_RW, Access, Advice, Prot
+from msharefs.pte import PteFlag
 from msharefs.rules import check_user_range
 from msharefs.vma import Arming, Vma
 

@@ -14,8 +14,8 @@ from msharefs.errors import AccessDeniedError, NoMemoryError, NotSupportedError,
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.page_table import PteFlag
 from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.pte import PteFlag
 from msharefs.rules import MAX_FILE_SIZE
 from msharefs.vma import Arming, FileId, FileSource
 

@@ -26,8 +26,8 @@ from msharefs.errors import AccessDeniedError, ExistsError, InvalidArgumentError
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.page_table import PteFlag
 from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.pte import PteFlag
 from msharefs.vma import Arming, FileId, FileSource
 
 BASE = 32 << 40

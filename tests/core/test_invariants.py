@@ -10,8 +10,9 @@ from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange, F
 from msharefs.errors import InternalError
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.page_table import Pte, PteFlag, _Directory, _Leaf
 from msharefs.perms import PROT_RW, Prot
+from msharefs.pte import Pte, PteFlag
+from msharefs.tables import Directory, Leaf
 from msharefs.vma import FileId, FileSource, Vma
 
 BASE = 32 << 40
@@ -70,7 +71,7 @@ def leaves_miscounted(mm: HostMm) -> None:
     mm.table.huge_pages += 1
 
 
-def leaf_table_of(mm: HostMm) -> _Leaf:
+def leaf_table_of(mm: HostMm) -> Leaf:
     return mm.table._leaf(pages(600, 601).start)
 
 
@@ -87,7 +88,7 @@ def empty_leaf_table(mm: HostMm) -> None:
 
 
 def empty_directory(mm: HostMm) -> None:
-    mm.table._top.entries[511] = _Directory(2)
+    mm.table._top.entries[511] = Directory(2)
     mm.table.tables[2] += 1
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, PUD_SIZE, TABLE_ENTRIES, Address, AddrRange, FrameNo
 from msharefs.errors import InternalError, InvalidArgumentError
-from msharefs.page_table import PageTable, Pte, PteFlag, pte_flags
+from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Prot
+from msharefs.pte import Pte, PteFlag, pte_flags
 
 BASE = 64 * PGDIR_SIZE + 5 * PUD_SIZE + 7 * PMD_SIZE
 PRESENT, WRITE, HUGE, WP = PteFlag.PRESENT, PteFlag.WRITE, PteFlag.HUGE, PteFlag.UFFD_WP

@@ -106,7 +106,7 @@ class World:
         trio.run(self.changes.mprotect, live or self.mine, request)
 
     def madvise(self, first: int, count: int, advice: int) -> None:
-        self.changes.madvise(self.mine, protocol.Madvise(NUMBER, first * PAGE_SIZE, count * PAGE_SIZE, advice))
+        trio.run(self.changes.madvise, self.mine, protocol.Madvise(NUMBER, first * PAGE_SIZE, count * PAGE_SIZE, advice))
 
     def held(self) -> list[int]:
         return [page.start // PAGE_SIZE for ar in extents(self.region.backing.fd) for page in ar.pieces(PAGE_SIZE)]
@@ -251,7 +251,7 @@ class TestReaders:
             lambda: world.mmap(0, 1, RW, ANONYMOUS | FIXED, live=reader),
             lambda: world.munmap(0, 1, reader),
             lambda: world.mprotect(0, 1, 0, reader),
-            lambda: world.changes.madvise(reader, protocol.Madvise(NUMBER, 0, PAGE_SIZE, mmap.MADV_REMOVE)),
+            lambda: trio.run(world.changes.madvise, reader, protocol.Madvise(NUMBER, 0, PAGE_SIZE, mmap.MADV_REMOVE)),
         ]
         for call in calls:
             with pytest.raises(AccessDeniedError, match="open it O_RDWR to change its mappings"):

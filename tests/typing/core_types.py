@@ -13,10 +13,12 @@ from msharefs.effects import (
     Allow,
     Answer,
     Arm,
+    Bring,
     Change,
     Deliver,
     Effect,
     Fill,
+    Preserve,
     Protect,
     Punch,
     Signal,
@@ -27,8 +29,9 @@ from msharefs.effects import (
 )
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
-from msharefs.page_table import PageTable, Pte
+from msharefs.page_table import PageTable
 from msharefs.perms import Access, Prot
+from msharefs.pte import Pte
 from msharefs.region import Attachment, AttachmentId, Region, RegionId
 
 
@@ -66,8 +69,8 @@ def calls_take_enums_and_keywords(mm: HostMm, ar: AddrRange) -> None:
 
 def the_effects_are_these_and_no_more(effect: Effect) -> None:
     match effect:
-        case (
-            Arm() | Protect() | Punch() | Stash() | Unstash() | WriteBack() | Allow() | Deliver() | Fill() | ZeroFill()
+        case (Arm() | Protect() | Punch() | Stash() | Unstash() | WriteBack()) | (
+            Allow() | Bring() | Deliver() | Fill() | Preserve() | ZeroFill()
         ):
             pass
         case _:

@@ -1,0 +1,115 @@
+"""Regions that are forks of each other, and the copying of pages between them before these change or go.
+
+A page is copied while it is protected in every process of its owner, and the owner's store is let through only after
+that: no byte of it is newer than what the relatives are to see.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from mshared.backing import Backing
+from msharefs import forking
+from msharefs.addr import PMD_SIZE, AddrRange
+from msharefs.effects import Copy
+from msharefs.errors import NoMemoryError
+from msharefs.frames import StoreNo, frame_in, index_of
+from msharefs.host_mm import HostMm
+
+if TYPE_CHECKING:
+    from mshared.live import LiveRegion
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE: Final = 4 * PMD_SIZE
+"""Bytes that are copied before others have their turn."""
+
+
+@attrs.define(eq=False)
+class Family:
+    """The living regions of a lineage, and all stores that somebody needs, those of ended regions included.
+
+    ``copied`` counts bytes.
+    """
+
+    regions: dict[StoreNo, LiveRegion] = attrs.Factory(dict)
+    backings: dict[StoreNo, Backing] = attrs.Factory(dict)
+    copied: int = 0
+
+    def join(self, region: LiveRegion) -> None:
+        """Take a region in."""
+        store = region.model.mm.store
+        self.regions[store], self.backings[store] = region, region.backing
+
+    def leave(self, region: LiveRegion) -> None:
+        """Let a region go. Its backing is closed when nobody needs it; until then it keeps what somebody does."""
+        mm = region.model.mm
+        mm.lineage.leave(mm)
+        del self.regions[mm.store]
+        self._release(mm, mm.store)
+        for store in self.backings.keys() - self.regions.keys() - {mm.store}:
+            self._release(mm, store)
+
+    def make(self, mm: HostMm, copies: Iterable[Copy]) -> None:
+        """Make copies that ``mm`` asks for. Raises OSError where memory is short, with those before it made."""
+        for copy in copies:
+            self._put(copy, mm)
+            forking.copied(mm, copy)
+            self.copied += copy.ar.size
+            if copy.source not in self.regions:
+                self._punch_unneeded(mm, copy)
+
+    def make_or_reclaim(self, mm: HostMm, copies: Iterable[Copy]) -> None:
+        """As ``make``; where memory is short, once more after what nobody needs was given back."""
+        copies = list(copies)
+        try:
+            self.make(mm, copies)
+        except OSError:
+            for store in self.backings.keys() - self.regions.keys():
+                self._release(mm, store)
+            self.make(mm, copies)
+
+    async def make_way(self, mm: HostMm, ar: AddrRange, *, bring: bool = False) -> None:
+        """Have relatives hold what they refer to in ``ar``, which may go then, and with ``bring`` get what they hold.
+
+        Preconditions: the region's lock is held, so that nobody forks it meanwhile. Raises NoMemoryError.
+        """
+        inside = ar.intersect(mm.ar)
+        for piece in inside.pieces(_AT_ONCE) if inside is not None and mm.rule.forked else ():
+            try:
+                self.make_or_reclaim(mm, forking.to_preserve(mm, piece))
+                self.make_or_reclaim(mm, forking.to_bring(mm, piece) if bring else [])
+            except OSError as error:
+                raise NoMemoryError(f"no memory for what forks refer to: {error.strerror}; free some") from error
+            await trio.lowlevel.checkpoint()
+
+    def _put(self, copy: Copy, mm: HostMm) -> None:
+        source, target = self.backings[copy.source], self.regions[copy.target]
+        for piece in copy.ar.moved(-mm.ar.start).pieces(PMD_SIZE):
+            target.put_new(os.pread(source.fd, piece.size, piece.start), piece.start)
+
+    def _punch_unneeded(self, mm: HostMm, copy: Copy) -> None:
+        """Give a page of an ended region back that was the last one's."""
+        for page in copy.ar.pieces(mm.page):
+            frame = frame_in(copy.source, index_of(mm.frame_at(page.start)))
+            if not mm.lineage.refers(page.start, frame):
+                self.backings[copy.source].punch(page.moved(-mm.ar.start))
+
+    def _release(self, mm: HostMm, store: StoreNo) -> None:
+        """Keep of an ended region's store what somebody needs."""
+        needed = sorted(mm.lineage.needed(store))
+        at = mm.ar.start
+        for run in needed:
+            if at < run.start:
+                self.backings[store].punch(AddrRange.sized(at - mm.ar.start, run.start - at))
+            at = max(at, run.end)
+        if not needed:
+            self.backings.pop(store).close()
+        elif at < mm.ar.end:
+            self.backings[store].punch(AddrRange.sized(at - mm.ar.start, mm.ar.end - at))

@@ -1,0 +1,118 @@
+"""Forking regions: the moment at which everything stands still, and what the new ones are made of.
+
+From the first page that is protected until all are, in every process of every region that is forked, no protected store
+is let through: so no store that came after another is in the snapshot without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import attrs
+import trio
+
+from mshared import apply, backing
+from mshared.backing import BackingStore
+from mshared.lifetimes import Lifetimes
+from mshared.live import LiveRegion
+from mshared.writeback import flush, write_out
+from msharefs import forking
+from msharefs.addr import AddrRange
+from msharefs.errors import NoMemoryError, NotFoundError
+from msharefs.namespace import Namespace
+from msharefs.perms import PROT_RW, Credentials
+from msharefs.region import BackingKind
+from msharefs.vma import Arming
+
+
+@attrs.frozen
+class Wish:
+    """A region to be forked, and what its twin shall be called; without a name it ends with its last attachment."""
+
+    origin: LiveRegion
+    name: str | None
+    mode: int
+
+
+class Snapshots:
+    """Makes forks of regions."""
+
+    def __init__(self, namespace: Namespace, lifetimes: Lifetimes, store: BackingStore) -> None:
+        self._namespace = namespace
+        self._lifetimes = lifetimes
+        self._store = store
+
+    async def fork(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
+        """The twins, of one instant for all. Raises MshareError with none made."""
+        read_events = self._lifetimes.read_events
+        async with contextlib.AsyncExitStack() as stack:
+            for origin in sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id):
+                await stack.enter_async_context(origin.lock)
+            for wish in wishes:
+                if wish.origin.closed:
+                    raise NotFoundError("the region is gone")
+                self._namespace.check_fork(wish.origin.model, wish.name, wish.mode, who)
+                await flush(wish.origin, wish.origin.model.ar, read_events)
+            twins = self._fork_now(wishes, who)
+            with trio.CancelScope(shield=True):
+                for wish in wishes:
+                    await write_out(wish.origin)
+            return twins
+
+    def _fork_now(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
+        """Everything between two awaits."""
+        for wish in wishes:
+            self._shield(wish.origin)
+        twins: list[LiveRegion] = []
+        try:
+            for wish in wishes:
+                twins.append(self._twin(wish, who))  # noqa: PERF401 - what is made must be known when one fails
+        except BaseException:
+            for twin in twins:
+                self._namespace.abandon(twin.model)
+                self._lifetimes.forget(twin)
+            raise
+        return twins
+
+    def _shield(self, origin: LiveRegion) -> None:
+        """Have every store to a region seen, and to its relatives, which may come to hold what others refer to."""
+        for region in list(origin.family.regions.values()):
+            mm = region.model.mm
+            if region is origin or not mm.rule.forked & Arming.WP:
+                effects = [*mm.write_back(mm.ar), *forking.shield(mm)] if region is origin else forking.shield(mm)
+                apply.carry_out(region, effects, self._lifetimes.read_events)
+
+    def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
+        origin = wish.origin
+        old = origin.model.mm
+        present = [part.moved(old.ar.start) for part in origin.held(AddrRange.sized(0, old.ar.size))]
+        old.sync(present, huge=origin.model.backing is not BackingKind.SMALL)
+        mm = forking.fork(old)
+        model = self._namespace.fork(origin.model, mm, wish.name, wish.mode, who)
+        try:
+            made = self._store.create(model.id, model.backing, mm.ar.size)
+        except BaseException:
+            self._namespace.abandon(model)
+            mm.lineage.leave(mm)
+            raise
+        twin = self._lifetimes.add_region(model, made, origin.family)
+        twin.settled.set()
+        twin.inherit_files(origin)
+        try:
+            _copy_hidden(origin, twin)
+        except OSError as error:
+            self._namespace.abandon(model)
+            self._lifetimes.forget(twin)
+            raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
+        return twin
+
+
+def _copy_hidden(origin: LiveRegion, twin: LiveRegion) -> None:
+    """What nobody may touch waits in a file that no process has: each twin needs one of its own."""
+    for vma in origin.model.mm.vmas:
+        if vma.prot & PROT_RW or vma.reaches_file:
+            continue
+        inside = vma.ar.moved(-origin.model.ar.start)
+        for part in backing.held(origin.stash(), inside, BackingKind.SMALL, None):
+            backing.copy(origin.stash(), part, backing.write_to(twin.stash()))

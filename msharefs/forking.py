@@ -1,0 +1,73 @@
+"""Forking a host mm, and what comes before a page of one with relatives changes or goes (compare COW PTE).
+
+Three steps make a fork: ``shield`` has every store to the origin seen; when its effects are carried out, in every
+process, nothing changes unseen any more, and the tables are brought up to date; then ``fork`` shares them. From then
+on, before a page changes or goes that relatives refer to, they are to have it (``to_preserve``), and before a page is
+moved that only a relative has, it is to be brought (``to_bring``). Whoever makes such a copy says so (``copied``).
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from msharefs.addr import AddrRange
+from msharefs.effects import Arm, Change, Copy, Protect
+from msharefs.frames import store_of
+from msharefs.host_mm import HostMm
+from msharefs.perms import Prot
+from msharefs.vma import Arming, FaultCount
+
+
+def shield(mm: HostMm) -> list[Change]:
+    """Have every store seen from now on that does not go to a file: the effects."""
+    before = mm.rule.over(mm.vmas, mm.ar)
+    mm.rule = attrs.evolve(mm.rule, forked=mm.rule.forked | Arming.WP)
+    effects = mm.rule.rearm(mm.vmas, mm.ar, before, [])
+    armed = {effect.ar for effect in effects if isinstance(effect, Arm)}
+    for vma in mm.vmas:
+        if vma.prot & Prot.WRITE and not vma.reaches_file and not any(ar.covers(vma.ar) for ar in armed):
+            effects.append(Protect(vma.ar))  # It was armed before, and stores have been allowed since.
+    return effects
+
+
+def fork(mm: HostMm) -> HostMm:
+    """A host mm with the same mappings and contents (compare kernel/fork.c:dup_mmap). Raises NoSpaceError.
+
+    Preconditions: ``mm`` and all its relatives are shielded; shared files have every store; what nobody may touch is
+    copied by the caller; the tables are up to date. What lies in shared files, both have from there.
+    """
+    twin = HostMm(
+        mm.ar,
+        levels=mm.table.levels,
+        page=mm.page,
+        granule=mm.granule,
+        paging_all=mm.paging_all,
+        hole_signal=mm.hole_signal,
+        lineage=mm.lineage,
+    )
+    twin.rule = attrs.evolve(mm.rule, forked=Arming.MISSING)
+    twin.table = mm.table.fork()
+    for vma in mm.vmas:
+        twin.vmas.insert(attrs.evolve(vma, count=FaultCount()))
+        if vma.reaches_file:
+            twin.table.clear_range(vma.ar)
+    return twin
+
+
+def to_preserve(mm: HostMm, ar: AddrRange) -> list[Copy]:
+    """What relatives refer to of the pages in ``ar``, and who shall have it, before these change or go."""
+    return [] if mm.lineage.alone else list(mm.lineage.claims(mm, ar))
+
+
+def to_bring(mm: HostMm, ar: AddrRange) -> list[Copy]:
+    """What only relatives have of ``ar``."""
+    runs = mm.table.runs(ar) if mm.rule.forked else ()
+    return [Copy(run, store_of(pte.frame), mm.store) for run, pte in runs if store_of(pte.frame) != mm.store]
+
+
+def copied(mm: HostMm, copy: Copy) -> None:
+    """Note that a copy was made. Preconditions: ``mm`` asked for it, and nothing has changed since."""
+    if copy.source == mm.store:
+        mm.lineage.moved(copy)
+    else:
+        mm.filled(copy.ar)

@@ -1,0 +1,104 @@
+"""Host mms that are forks of each other, and whose store has which page (compare COW PTE, and on-demand fork).
+
+A fork has the same page tables as its origin: leaf tables are shared, by reference count, and so are the pages they
+lead to. Contents never move by themselves: the older side keeps its pages, protected in every process. Before one of
+them changes, or goes, whoever refers to it gets it, once: the oldest of those, whose page it is from then on for all
+of them. The younger side has a store of its own, and gets a page there when it is first touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from msharefs.addr import Address, AddrRange, FrameNo
+from msharefs.effects import Copy
+from msharefs.errors import InternalError, NoSpaceError
+from msharefs.frames import MAX_STORES, StoreNo, store_of
+
+if TYPE_CHECKING:
+    from msharefs.host_mm import HostMm
+
+
+class Lineage:
+    """The living members of a family, by the number of their store: the oldest first.
+
+    Invariant: a frame of a member's own store that another refers to is written by nobody (``msharefs.invariants``).
+    """
+
+    def __init__(self) -> None:
+        self.members: dict[StoreNo, HostMm] = {}
+        self._next = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to share with."""
+        return len(self.members) < 2
+
+    def add(self, mm: HostMm) -> StoreNo:
+        """Take a member in; the number of its store. Raises NoSpaceError after the 65536th."""
+        if self._next == MAX_STORES:
+            raise NoSpaceError(f"{MAX_STORES} forks of one region have been made; copy its contents to a new one")
+        number = StoreNo(self._next)
+        self._next += 1
+        self.members[number] = mm
+        return number
+
+    def leave(self, mm: HostMm) -> None:
+        """Let a member go, with its references; what others refer to in its store stays needed."""
+        del self.members[mm.store]
+        mm.table.release()
+
+    def refers(self, addr: Address, frame: FrameNo) -> bool:
+        """Whether somebody has a frame installed at ``addr``."""
+        return any(mm.table.frame_at(addr) == frame for mm in self.members.values())
+
+    def needed(self, store: StoreNo) -> list[AddrRange]:
+        """Where somebody refers to frames of a store, as addresses; in order, apart for each member."""
+        return [
+            run for mm in self.members.values() for run, pte in mm.table.runs(mm.ar) if store_of(pte.frame) == store
+        ]
+
+    def claims(self, mm: HostMm, ar: AddrRange) -> Iterator[Copy]:
+        """What others refer to of the frames that ``mm`` has in ``ar``, each part with the oldest of them."""
+        taken: list[AddrRange] = []
+        for other in list(self.members.values()):
+            if other is mm:
+                continue
+            for run, pte in other.table.runs(ar):
+                if pte.frame != mm.frame_at(run.start):
+                    continue
+                for part in _without(run, taken):
+                    yield Copy(part, mm.store, other.store)
+                taken.append(run)
+
+    def moved(self, copy: Copy) -> None:
+        """Everybody but its owner refers to the copy from now on. Preconditions: the contents are there."""
+        owner, heir = self.members[copy.source], self.members[copy.target]
+        for page in copy.ar.pieces(owner.page):
+            old, new = owner.frame_at(page.start), heir.frame_at(page.start)
+            owner.table.own(page.start)
+            for other in self.members.values():
+                if other is not owner and other.table.frame_at(page.start) == old:
+                    other.table.reassign(page, new)
+        if heir.table.frame_at(copy.ar.start) != heir.frame_at(copy.ar.start):
+            raise InternalError(f"{copy} reached nobody")
+
+
+def _without(ar: AddrRange, taken: list[AddrRange]) -> list[AddrRange]:
+    """The parts of ``ar`` that no range of ``taken`` covers, in order."""
+    parts = [ar]
+    for each in taken:
+        parts = [rest for part in parts for rest in _minus(part, each)]
+    return parts
+
+
+def _minus(ar: AddrRange, taken: AddrRange) -> list[AddrRange]:
+    if not ar.overlaps(taken):
+        return [ar]
+    parts = []
+    if ar.start < taken.start:
+        parts.append(AddrRange(ar.start, taken.start))
+    if taken.end < ar.end:
+        parts.append(AddrRange(taken.end, ar.end))
+    return parts
