@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
+from msharefs import forking
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.page_table import LEVEL_NAMES
 from msharefs.pte import PteFlag
@@ -22,7 +23,8 @@ class KernelFacts:
     """What only the kernel knows of a region, read by the daemon when it is asked. All in bytes.
 
     ``page_tables`` is the sum of VmPTE of the attached processes, ``page_tables_growth`` that of the machine's
-    PageTables since the region was made, ``huge`` what one process has mapped by 2 MiB entries.
+    PageTables since the region was made, ``huge`` what one process has mapped by 2 MiB entries, ``copied`` what forks
+    have copied of each other.
     """
 
     resident: int = 0
@@ -30,6 +32,7 @@ class KernelFacts:
     page_tables_growth: int = 0
     huge: int = 0
     notes: tuple[str, ...] = ()
+    copied: int = 0
 
 
 def region_name(region: Region) -> RegionName:
@@ -49,6 +52,7 @@ def region_name(region: Region) -> RegionName:
 def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
     """Everything ``stat`` tells. Preconditions: the tables were brought up to date."""
     tables = region.mm.table
+    shared = forking.shared_bytes(region.mm) // PAGE_SIZE
     notes = (*facts.notes, sharing(region), *_hugeness(region, facts))
     return RegionStat(
         name=region.name or "",
@@ -67,6 +71,13 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         table_bytes_shared=tables.table_bytes,
         table_bytes_kernel=facts.page_tables,
         table_bytes_growth=facts.page_tables_growth,
+        origin=region.origin,
+        leaf_tables_shared=tables.shared_tables(),
+        leaf_tables_private=tables.tables[0] - tables.shared_tables(),
+        pages_shared=shared,
+        pages_private=tables.resident // PAGE_SIZE - shared,
+        copied=facts.copied,
+        breaks=region.breaks,
         tables_shared=region.tables_shared,
         huge_bytes=facts.huge,
         notes=notes,
@@ -171,6 +182,8 @@ def stat_text(stat: RegionStat) -> str:
     """One ``key value`` line a field."""
     lines = []
     for key, value in attrs.asdict(stat, recurse=False).items():
+        if value is None:
+            continue
         if key == "notes":
             lines += [f"note {note}\n" for note in value]
         elif isinstance(value, Mapping):
@@ -206,6 +219,8 @@ _METRICS = (
     ("faults_total", "counter", "faults"),
     ("vmas", "gauge", "vmas"),
     ("table_bytes", "gauge", "table_bytes_shared"),
+    ("breaks_total", "counter", "breaks"),
+    ("copied_bytes_total", "counter", "copied"),
 )
 
 

@@ -71,3 +71,11 @@ def copied(mm: HostMm, copy: Copy) -> None:
         mm.lineage.moved(copy)
     else:
         mm.filled(copy.ar)
+
+
+def shared_bytes(mm: HostMm) -> int:
+    """How much of what is installed relatives have in common with ``mm``, in bytes."""
+    if mm.lineage.alone and not mm.rule.forked:
+        return 0
+    claimed = sum(copy.ar.size for copy in to_preserve(mm, mm.ar))
+    return claimed + sum(copy.ar.size for copy in to_bring(mm, mm.ar))

@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msharefs.addr import PAGE_SHIFT, PMD_SIZE, AddrRange
 from msharefs.errors import InternalError
+from msharefs.frames import index_of, store_of
 from msharefs.host_mm import HostMm
+from msharefs.lineage import Lineage
 from msharefs.perms import PROT_RW, Prot
 from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag
-from msharefs.vma import Vma
+from msharefs.tables import Leaf
+from msharefs.vma import Arming, Vma
 
 
 def check_mm(mm: HostMm) -> None:
     """Raise InternalError with the first thing that is wrong.
 
     VMAs: whole pages, inside the region, ordered, apart, merged. Tables: counts as recounted. Installed is within
-    asked: every page lies in a VMA that may be touched, writable only where the VMA is, in its own frame; a 2 MiB leaf
-    has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those of them that are writable.
+    asked: every page lies in a VMA that may be touched, writable only where the VMA is, in the frame of its index; a
+    2 MiB leaf has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those of them that are
+    writable. Frames of others' stores are for members that have their first touches reported, and not for shared files.
     """
     _check_vmas(mm)
     _check_counts(mm)
     _check_pages(mm)
+
+
+def check_lineage(lineage: Lineage) -> None:
+    """Raise InternalError with the first thing that is wrong between the members.
+
+    Leaf tables: as many references as recounted. Of whose page others refer to, stores are reported, and it has the
+    page still; and nobody may store to a page of another's, or that another refers to, except where the entry is that
+    of a leaf table which is shared, and is protected when that is broken.
+    """
+    _check_references(lineage)
+    for number, mm in lineage.members.items():
+        if mm.store != number or mm.lineage is not lineage:
+            raise InternalError(f"the member of store {number} is that of store {mm.store}")
+        for run, pte in mm.table.runs(mm.ar):
+            owner = store_of(pte.frame)
+            if owner == mm.store:
+                continue
+            _check_protected(mm, run)
+            if owner in lineage.members:
+                _check_owner(lineage.members[owner], run, mm)
+
+
+def _check_references(lineage: Lineage) -> None:
+    found: Counter[Leaf] = Counter()
+    for mm in lineage.members.values():
+        found.update(mm.table.leaves())
+    for leaf, refs in found.items():
+        if leaf.refs != refs:
+            raise InternalError(f"a leaf table counts {leaf.refs} references and hangs in {refs} page tables")
+
+
+def _check_owner(owner: HostMm, run: AddrRange, other: HostMm) -> None:
+    """What ``other`` refers to, ``owner`` has, protected."""
+    if not owner.rule.forked & Arming.WP:
+        raise InternalError(f"store {other.store} refers to pages {run} of store {owner.store}, which is not shielded")
+    for page in run.pieces(owner.page):
+        if owner.table.frame_at(page.start) != owner.frame_at(page.start):
+            raise InternalError(f"store {other.store} refers to page {page} of store {owner.store}, which is gone")
+    _check_protected(owner, run)
+
+
+def _check_protected(mm: HostMm, ar: AddrRange) -> None:
+    """No page in ``ar`` may be stored to, as far as its table is not shared."""
+    for run, pte in mm.table.runs(ar):
+        if pte.flags & PteFlag.WRITE and not mm.table.shared_at(run.start):
+            raise InternalError(f"pages {run} are writable in store {mm.store}, and shared with relatives")
 
 
 def _check_vmas(mm: HostMm) -> None:
@@ -49,8 +101,11 @@ def _check_pages(mm: HostMm) -> None:
             raise InternalError(f"pages {run} are small, in a region of 2 MiB pages")
         if mm.vmas.holes(run):
             raise InternalError(f"pages {run} lie in a hole")
-        if pte.frame != (run.start - mm.ar.start) >> PAGE_SHIFT:
-            raise InternalError(f"page {run.start:#x} has frame {pte.frame}")
+        if index_of(pte.frame) != (run.start - mm.ar.start) >> PAGE_SHIFT:
+            raise InternalError(f"page {run.start:#x} has frame {index_of(pte.frame)}")
+        foreign = store_of(pte.frame) != mm.store
+        if foreign and not mm.rule.forked & Arming.MISSING:
+            raise InternalError(f"pages {run} lie in store {store_of(pte.frame)}, and first touches are not reported")
         if pte.flags & PteFlag.HUGE and (pte.frame - (run.start >> PAGE_SHIFT)) % FRAMES_IN_PMD:
             raise InternalError(f"2 MiB leaf at {run.start:#x} has frame {pte.frame}, which is at no border")
         for vma in mm.vmas.overlapping(run):
@@ -58,6 +113,8 @@ def _check_pages(mm: HostMm) -> None:
                 raise InternalError(f"pages {run} are installed in {vma.ar}, which nobody may touch")
             if pte.flags & PteFlag.WRITE and not vma.prot & Prot.WRITE:
                 raise InternalError(f"pages {run} are writable in the read-only {vma.ar}")
+            if foreign and vma.reaches_file:
+                raise InternalError(f"pages {run} of a shared file lie in store {store_of(pte.frame)}")
             _check_dirty(run, pte, vma)
     if inside != mm.table.resident:
         raise InternalError(f"{mm.table.resident - inside} bytes are installed outside {mm.ar}")

@@ -176,6 +176,35 @@ class Fork:
 
 
 @attrs.frozen
+class Snapshot:
+    """Client: make private twins of the regions behind some attachments, all of one instant, for a child to take."""
+
+    attachments: tuple[int, ...]
+
+
+@attrs.frozen
+class Snapshots:
+    """Daemon: here they are, in the same order. Those that are not taken go with this connection, or by ``forget``."""
+
+    tokens: tuple[str, ...]
+
+
+@attrs.frozen
+class Forget:
+    """Client: nobody will take these twins."""
+
+    tokens: tuple[str, ...]
+
+
+@attrs.frozen
+class Take:
+    """Client: offer me the twin with this token, for a window at ``addr``. Nobody can ask for it a second time."""
+
+    token: str
+    addr: int
+
+
+@attrs.frozen
 class GetStat:
     """Client: tell about a region; by attachment, or by one descriptor of the opened file."""
 
@@ -286,8 +315,9 @@ class Listing:
     more: bool = False
 
 
-Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove | Fork
+Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
+Forking = Fork | Snapshot | Forget | Take
 Changing = Mmap | Munmap | Mprotect | Madvise | Msync
-Request = Attaching | Changing | GetStat | GetMaps | GetList
-Reply = Welcome | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
+Request = Attaching | Forking | Changing | GetStat | GetMaps | GetList
+Reply = Welcome | Snapshots | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
 Message = Request | Reply

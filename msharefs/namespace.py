@@ -132,7 +132,7 @@ class Namespace:
         """
         owner = Ownership(who.uid, who.gid, mode)
         number = RegionId(next(self._region_ids))
-        region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.id)
+        region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "")
         self._by_id[number] = region
         if name is not None:
             self._by_name[name] = region

@@ -138,8 +138,15 @@ class PageTable:
 
         The sole owner keeps it as it is.
         """
-        if isinstance(self._pmd(addr).entries.get(entry_index(addr, 1)), Leaf):
+        if self.shared_at(addr):
             self._leaf(addr)
+
+    def shared_at(self, addr: Address) -> bool:
+        """Whether others share the leaf table of ``addr``, if there is one."""
+        table: Directory | Leaf | int | None = self._top
+        while isinstance(table, Directory):
+            table = table.entries.get(entry_index(addr, table.level))
+        return isinstance(table, Leaf) and table.refs > 1
 
     def frame_at(self, addr: Address) -> FrameNo | None:
         """The frame of the 4 KiB at ``addr``, or None."""
@@ -165,7 +172,11 @@ class PageTable:
 
     def shared_tables(self) -> int:
         """How many leaf tables others share."""
-        return sum(leaf.refs > 1 for leaf in leaves(self._top))
+        return sum(leaf.refs > 1 for leaf in self.leaves())
+
+    def leaves(self) -> Iterator[Leaf]:
+        """All leaf tables."""
+        return leaves(self._top)
 
     def runs(self, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
         """What is installed in ``ar``, in order: ranges of consecutive frames with equal flags, and their first page.

@@ -33,7 +33,9 @@ from msharefs.messages import DonatedRange as DonatedRange
 from msharefs.messages import Done as Done
 from msharefs.messages import Exists as Exists
 from msharefs.messages import Failed as Failed
+from msharefs.messages import Forget as Forget
 from msharefs.messages import Fork as Fork
+from msharefs.messages import Forking as Forking
 from msharefs.messages import GetList as GetList
 from msharefs.messages import GetMaps as GetMaps
 from msharefs.messages import GetStat as GetStat
@@ -53,6 +55,9 @@ from msharefs.messages import Remove as Remove
 from msharefs.messages import Reply as Reply
 from msharefs.messages import Request as Request
 from msharefs.messages import Settled as Settled
+from msharefs.messages import Snapshot as Snapshot
+from msharefs.messages import Snapshots as Snapshots
+from msharefs.messages import Take as Take
 from msharefs.messages import Unlink as Unlink
 from msharefs.messages import Welcome as Welcome
 from msharefs.reports import RegionName as RegionName
@@ -83,6 +88,10 @@ _OPS: Final[dict[str, type[Any]]] = {
     "unlink": Unlink,
     "remove": Remove,
     "fork": Fork,
+    "snapshot": Snapshot,
+    "forget": Forget,
+    "take": Take,
+    "snapshots": Snapshots,
     "get_stat": GetStat,
     "get_maps": GetMaps,
     "get_list": GetList,

@@ -67,8 +67,9 @@ class Attachment:
 class Region:
     """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon.
 
-    ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the region that
-    this is a fork of.
+    ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the
+    name, at that time, of the region that this is a fork of, ``breaks`` how often a touch of a page that relatives have
+    in common was served.
     """
 
     id: RegionId
@@ -79,7 +80,8 @@ class Region:
     ready: bool = False
     faults: int = 0
     unshared: Unshared | None = None
-    origin: RegionId | None = None
+    origin: str | None = None
+    breaks: int = 0
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
 
     @property

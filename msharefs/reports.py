@@ -15,6 +15,10 @@ class RegionStat:
     of VmPTE: all else in those processes included, and a shared table counted in each), ``table_bytes_growth`` how much
     the machine's PageTables have grown since the region was made, whoever made them. ``huge_bytes`` are those that
     one process has mapped by 2 MiB entries.
+
+    Of forks: ``origin`` is the name of the region that this one is a fork of, None if it is none. Leaf tables and pages
+    (of 4 KiB) are shared with relatives, or private; a 2 MiB leaf is 512 pages. ``copied`` are the bytes that were
+    copied between all relatives so far, ``breaks`` the touches of this region that made it necessary.
     """
 
     name: str
@@ -36,6 +40,13 @@ class RegionStat:
     huge_bytes: int
     notes: tuple[str, ...] = ()
     table_bytes_growth: int = 0
+    origin: str | None = None
+    leaf_tables_shared: int = 0
+    leaf_tables_private: int = 0
+    pages_shared: int = 0
+    pages_private: int = 0
+    copied: int = 0
+    breaks: int = 0
 
 
 @attrs.frozen

@@ -11,6 +11,7 @@ Any other process that may open the name has the same memory at the same address
 from __future__ import annotations
 
 from mshare.api import mshare, mshare_unlink, remove
+from mshare.odfork import odfork, set_odfork_default
 from mshare.region import Region
 from msharefs.perms import MAP_REFPAGE, MAP_SHARED_PT
 from msharefs.protocol import RegionStat, Vma
@@ -23,5 +24,7 @@ __all__ = [
     "Vma",
     "mshare",
     "mshare_unlink",
+    "odfork",
     "remove",
+    "set_odfork_default",
 ]

@@ -161,8 +161,7 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
             donation.hand_over(backing, device, page=offer.page)
         window.make_userfaultfd(device)
         staged = donation.staged if donation else ()
-        request = protocol.Mapped(offer.offer, offer.addr, window.anchor, staged)
-        attached = _mapped(link, request, window.userfaultfd, device)
+        attachment = window.announce(link, offer, device, staged)
         if donation and staged:
             donation.move_in(backing, device)
         window.open()
@@ -174,7 +173,7 @@ def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int],
     finally:
         for fd in fds:
             os.close(fd)
-    return Region(name, link, window, offer, attached.attachment)
+    return Region(name, link, window, offer, attachment)
 
 
 def _leave(link: Connection, offer: protocol.Offer, window: Window, donation: Donation | None) -> None:
@@ -191,15 +190,6 @@ def _leave(link: Connection, offer: protocol.Offer, window: Window, donation: Do
         window.leave()
         donation.give_back()
     window.discard()
-
-
-def _mapped(link: Connection, request: protocol.Mapped, uffd: int, device: int | None) -> protocol.Attached:
-    """Hand the window's userfaultfd over, and one more, which is the daemon's alone, for what it must refuse."""
-    second = sc.userfaultfd(device)
-    try:
-        return link.call(request, protocol.Attached, (uffd, second))
-    finally:
-        os.close(second)
 
 
 def _offer_of(reply: protocol.Message, fds: list[int]) -> protocol.Offer:

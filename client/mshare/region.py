@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from mshare import connection
 from mshare import syscalls as sc
-from mshare.connection import Connection, collect_maps
+from mshare.connection import Connection, collect_maps, reply_of
 from mshare.tickets import Name, checked_name
 from mshare.window import Window
 from msharefs import protocol
@@ -181,6 +181,32 @@ class Region:
         """Whether this is a window on the region with that file."""
         return self._link.mount == mount and self._inode == inode
 
+    @property
+    def link(self) -> Connection:
+        """The connection by which the daemon is asked about it."""
+        return self._link
+
+    def own_attachment(self) -> int:
+        """Number of this process's attachment. Raises OSError, ValueError if closed."""
+        return self._own_attachment()
+
+    def become(self, token: str) -> None:
+        """In a forked child, with no other thread: be the private twin that was made for it. Raises OSError."""
+        inherited = self._own_attachment()
+        reply, fds = self._link.exchange(protocol.Take(token, self.address))
+        try:
+            offer = reply_of(reply, protocol.Offer)
+            device = fds[1] if offer.device else None
+            self._window.replace(fds[0])
+            self._window.make_userfaultfd(device)
+            self._attachment = self._window.announce(self._link, offer, device)
+            self._window.let_in()
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._inode = offer.inode
+        self._link.call(protocol.Detach(inherited), protocol.Done)
+
     def close_window(self) -> int | None:
         """Unmap without ending the reference, which is returned.
 
@@ -242,6 +268,12 @@ def attached_as(mount: Path, inode: int) -> list[Region]:
     """This process's windows on the region with that inode."""
     with _attached_lock:
         return [region for region in _attached if region.shows(mount, inode)]
+
+
+def attached_regions() -> list[Region]:
+    """This process's windows, on whatever regions."""
+    with _attached_lock:
+        return list(_attached)
 
 
 def check_no_window(start: int, end: int) -> None:

@@ -9,8 +9,9 @@ import os
 import sys
 
 from mshare import syscalls as sc
+from mshare.connection import Connection
 from msharefs.addr import PAGE_SIZE
-from msharefs.protocol import ANCHOR_PAGES, Offer
+from msharefs.protocol import ANCHOR_PAGES, Attached, Mapped, Offer
 
 ANCHOR_SIZE = ANCHOR_PAGES * PAGE_SIZE
 
@@ -65,18 +66,42 @@ class Window:
             self._mapped = False
             raise RangeInUseError(errno.EINVAL, text)
 
+    def replace(self, backing: int) -> None:
+        """Show something else at the same place. Nobody can touch it before ``let_in``. Raises OSError."""
+        shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
+        sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED, backing)
+        sc.munmap(self.anchor, ANCHOR_SIZE)
+        self.anchor = 0
+        self.drop_userfaultfd()
+
     def make_userfaultfd(self, device: int | None) -> None:
         """Have the means by which the daemon sees this window's faults and forks."""
         self.userfaultfd = sc.userfaultfd(device)
         if not self.anchor:
             self.anchor = sc.mmap(None, ANCHOR_SIZE, sc.PROT_NONE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS)
 
+    def announce(self, link: Connection, offer: Offer, device: int | None, staged: tuple[int, ...] = ()) -> int:
+        """Have the daemon arm it, and count it; the number of the attachment. Raises OSError.
+
+        Along with its userfaultfd goes one more, which is the daemon's alone, for what it must refuse.
+        """
+        request = Mapped(offer.offer, offer.addr, self.anchor, staged)
+        second = sc.userfaultfd(device)
+        try:
+            return link.call(request, Attached, (self.userfaultfd, second)).attachment
+        finally:
+            os.close(second)
+
     def open(self) -> None:
-        """Let this process in. Preconditions: the daemon has armed what must be armed."""
-        sc.mprotect(self.address, self.size, sc.PROT_READ if self.readonly else sc.PROT_READ | sc.PROT_WRITE)
-        self._mapped = True
+        """Let this process in, and have it look. Preconditions: the daemon has armed what must be armed."""
+        self.let_in()
         view = memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
         self._view = view.toreadonly() if self.readonly else view
+
+    def let_in(self) -> None:
+        """Let this process touch it. Preconditions: the daemon has armed what must be armed."""
+        sc.mprotect(self.address, self.size, sc.PROT_READ if self.readonly else sc.PROT_READ | sc.PROT_WRITE)
+        self._mapped = True
 
     def close(self) -> None:
         """Unmap. Raises BufferError, with nothing changed, while views of it are alive."""

@@ -107,6 +107,7 @@ class _Connection:
         self._offers: dict[int, Pending] = {}
         self._next_offer = 1
         self._greeted = False
+        self._tokens: set[str] = set()
         self.caller = caller
 
     async def run(self) -> None:
@@ -125,6 +126,8 @@ class _Connection:
         for pending in self._offers.values():
             self._service.give_up(pending)
         self._offers.clear()
+        if self._tokens:
+            self._service.forget(self._tokens)
 
     async def _exchange(self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]]) -> None:
         """One request, one reply."""
@@ -202,9 +205,9 @@ class _Connection:
             case protocol.Munmap() | protocol.Mprotect() | protocol.Madvise() | protocol.Msync():
                 _expect(fds, 0)
                 return await service.change(caller, message, None)
-            case protocol.Fork():
+            case protocol.Fork() | protocol.Snapshot() | protocol.Forget() | protocol.Take():
                 _expect(fds, 0)
-                return await service.fork(caller, message)
+                return await self._forking(message)
             case protocol.GetStat():
                 return Answer(await service.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():
@@ -223,6 +226,23 @@ class _Connection:
         finally:
             donations.close_files(files)
         return answer if pending is None else self._offered(answer, pending)
+
+    async def _forking(self, message: protocol.Forking) -> Answer:
+        service, caller = self._service, self.caller
+        match message:
+            case protocol.Fork():
+                return await service.fork(caller, message)
+            case protocol.Snapshot():
+                answer, tokens = await service.snapshot(caller, message)
+                self._tokens.update(tokens)
+                return answer
+            case protocol.Take():
+                return self._offered(*service.take(caller, message))
+            case protocol.Forget():
+                mine = self._tokens.intersection(message.tokens)
+                service.forget(mine)
+                self._tokens -= mine
+                return Answer(protocol.Done())
 
     def _adopted(self, message: protocol.Adopt, fds: list[int]) -> Answer:
         _expect(fds, 0, 1)

@@ -304,6 +304,7 @@ class Lifetimes:
             log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
             apply.answer_fault(live, Address(fault.addr), fault.tid, Deliver(Signal.SIGBUS, Address(fault.addr)))
             return
+        region.model.breaks += 1
         if isinstance(effect, Preserve):
             self._on_fault(live, fault.flags, fault.addr, fault.tid)
         else:

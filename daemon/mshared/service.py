@@ -6,19 +6,21 @@ else runs from decision to effect without an await.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 import trio
 
-from mshared import apply, donations, processes
-from mshared.backing import BackingStore, held, resident
+from mshared import apply, donations
+from mshared.backing import BackingStore
 from mshared.changes import Changes, Opened
+from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.snapshots import Snapshots, Wish
 from mshared.tickets import Ticket, read_ticket
 from mshared.writeback import write_out
 from msharefs import dump, protocol
-from msharefs.addr import AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
     BadDescriptorError,
@@ -35,7 +37,6 @@ from msharefs.region import BackingKind, Region, RegionId
 
 INODES_A_REGION = 16
 """Inode numbers of a region: its file has number x region id, its info files follow. Never given twice."""
-_PIDS_FOR_HUGE = 4
 _CREATOR_PATIENCE = 0.05
 """Seconds an attach waits for the region's creator before the client is asked to come again.
 
@@ -192,6 +193,8 @@ class Service:
                 self.lifetimes.drop(attachment)
             self.namespace.abandon(live.model)
             self.lifetimes.forget(live)
+        else:
+            self._snapshots.end(live)
 
     def adopt(self, caller: Caller, request: protocol.Adopt, uffd: int | None) -> Answer:
         """Tell a forked child which attachment is its own."""
@@ -262,6 +265,27 @@ class Service:
                 await self._changes.msync(live, request)
         return Answer(protocol.Done())
 
+    async def snapshot(self, caller: Caller, request: protocol.Snapshot) -> tuple[Answer, list[str]]:
+        """Make private twins for a child of the caller's; their tokens."""
+        windows = [self._own(caller, number) for number in request.attachments]
+        tokens = await self._snapshots.for_child(windows, caller.who)
+        return Answer(protocol.Snapshots(tuple(tokens))), tokens
+
+    def forget(self, tokens: Iterable[str]) -> None:
+        """Nobody will take these twins."""
+        self._snapshots.forget(tokens)
+
+    def take(self, caller: Caller, request: protocol.Take) -> tuple[Answer, Pending]:
+        """Offer a child the twin that was made for it."""
+        untaken = self._snapshots.take(request.token, caller.who)
+        try:
+            check_window(untaken.twin.model, request.addr)
+        except MshareError:
+            self._snapshots.end(untaken.twin)
+            raise
+        pending = Pending(untaken.twin, untaken.readonly, creator=False)
+        return self._offer(untaken.twin, request.addr, readonly=untaken.readonly), pending
+
     async def fork(self, caller: Caller, request: protocol.Fork) -> Answer:
         """Make a copy-on-write twin of a region that the caller has a window on."""
         origin = self._own(caller, request.attachment).region
@@ -293,7 +317,7 @@ class Service:
     async def refresh(self, region: LiveRegion) -> dump.KernelFacts:
         """Read what the kernel did on its own and bring the tables of native memory up to date."""
         with region.backing.duplicate() as fd:
-            facts, present = await trio.to_thread.run_sync(_read_kernel, fd, region, self._notes)
+            facts, present = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
         huge = region.model.backing is not BackingKind.SMALL
         region.model.mm.sync((ar.moved(region.model.ar.start) for ar in present), huge=huge)
         return facts
@@ -364,18 +388,3 @@ class Service:
         except OSError as error:
             self.lifetimes.drop(live)
             raise NoSpaceError(f"no memory for the change: {error.strerror}") from error
-
-
-def _read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> tuple[dump.KernelFacts, list[AddrRange]]:
-    """Read the slow facts, in a worker thread; ``fd`` is the backing file."""
-    attachments = list(region.attachments)
-    pids = {a.model.pid: a for a in attachments if a.model.pid is not None}
-    windows = [(pid, a.model.window) for pid, a in list(pids.items())[:_PIDS_FOR_HUGE]]
-    huge = max((processes.huge_mapped_bytes(pid, ar.start, ar.end) for pid, ar in windows), default=0)
-    if region.model.backing is BackingKind.HUGETLB:
-        huge = resident(fd)
-    tables = sum(processes.page_table_bytes(pid) for pid in pids)
-    whole = AddrRange.sized(0, region.model.ar.size)
-    present = held(fd, whole, region.model.backing, region.uffd_device)
-    growth = processes.all_page_table_bytes() - region.page_tables_before
-    return dump.KernelFacts(resident(fd), tables, growth, huge, notes), present

@@ -7,7 +7,8 @@ is let through: so no store that came after another is in the snapshot without i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Sequence
 
 import attrs
 import trio
@@ -15,7 +16,7 @@ import trio
 from mshared import apply, backing
 from mshared.backing import BackingStore
 from mshared.lifetimes import Lifetimes
-from mshared.live import LiveRegion
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.writeback import flush, write_out
 from msharefs import forking
 from msharefs.addr import AddrRange
@@ -35,13 +36,51 @@ class Wish:
     mode: int
 
 
+@attrs.frozen
+class Untaken:
+    """A private twin that waits for the child it was made for, whose window is as its parent's."""
+
+    twin: LiveRegion
+    readonly: bool
+    who: Credentials
+
+
 class Snapshots:
-    """Makes forks of regions."""
+    """Makes forks of regions, and keeps those that were made for a child until it takes them."""
 
     def __init__(self, namespace: Namespace, lifetimes: Lifetimes, store: BackingStore) -> None:
         self._namespace = namespace
         self._lifetimes = lifetimes
         self._store = store
+        self._untaken: dict[str, Untaken] = {}
+
+    async def for_child(self, windows: Sequence[LiveAttachment], who: Credentials) -> list[str]:
+        """Private twins of the regions behind some windows, of one instant; a token for each."""
+        twins = await self.fork([Wish(window.region, None, 0) for window in windows], who)
+        tokens = [secrets.token_hex(16) for _ in twins]
+        for token, twin, window in zip(tokens, twins, windows, strict=True):
+            self._untaken[token] = Untaken(twin, window.model.readonly, who)
+        return tokens
+
+    def take(self, token: str, who: Credentials) -> Untaken:
+        """Hand a twin over, once. Raises NotFoundError."""
+        found = self._untaken.get(token)
+        if found is None or found.who != who:
+            raise NotFoundError("there is no such snapshot; its maker has gone, or it was taken already")
+        return self._untaken.pop(token)
+
+    def forget(self, tokens: Iterable[str]) -> None:
+        """Let twins go that nobody has taken."""
+        for token in tokens:
+            found = self._untaken.pop(token, None)
+            if found is not None:
+                self.end(found.twin)
+
+    def end(self, twin: LiveRegion) -> None:
+        """Let a twin go that has neither name nor window."""
+        if twin.model.name is None and not twin.attachments and not twin.ended:
+            self._namespace.abandon(twin.model)
+            self._lifetimes.forget(twin)
 
     async def fork(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
         """The twins, of one instant for all. Raises MshareError with none made."""

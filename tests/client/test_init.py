@@ -10,10 +10,10 @@ import types
 import mshare
 from msharefs import perms, protocol
 
-FUNCTIONS = {"mshare", "mshare_unlink", "remove"}
+FUNCTIONS = {"mshare", "mshare_unlink", "odfork", "remove", "set_odfork_default"}
 CLASSES = {"Region", "RegionStat", "Vma"}
 FLAGS = {"MAP_SHARED_PT": 0x200000, "MAP_REFPAGE": 0x400000}
-LATER = {"SharedMemory", "mmap", "odfork", "refpage_create"}
+LATER = {"SharedMemory", "mmap", "refpage_create"}
 """Names that are fixed; those that exist are tested where they are."""
 
 
@@ -48,6 +48,9 @@ def test_arguments_have_the_names_and_defaults_that_are_fixed() -> None:
         mshare.mshare: "(name, addr, length, oflags, mode=384, *, backing=None, empty=False, mount=None)",
         mshare.mshare_unlink: "(name, *, mount=None)",
         mshare.remove: "(name, *, mount=None)",
+        mshare.odfork: "(*regions)",
+        mshare.set_odfork_default: "(enabled)",
+        mshare.Region.fork: "(self, name, mode=384)",
         mshare.Region.munmap: "(self, offset, length)",
         mshare.Region.mprotect: "(self, offset, length, prot)",
         mshare.Region.madvise: "(self, offset, length, advice)",

@@ -81,6 +81,8 @@ def test_stat_counts_tables_once_and_for_each_process() -> None:
         table_bytes_private=2 * 5 * PAGE_SIZE,
         table_bytes_shared=5 * PAGE_SIZE,
         table_bytes_kernel=12345,
+        leaf_tables_private=2,
+        pages_private=515,
         tables_shared=False,
         huge_bytes=PMD_SIZE,
         notes=("beware", "page tables are per process: the kernel does not share those of thp memory"),
@@ -262,6 +264,12 @@ def test_stat_has_a_line_for_each_field() -> None:
         "note beware\n"
         "note page tables are per process: the kernel does not share those of thp memory\n"
         "table_bytes_growth 0\n"
+        "leaf_tables_shared 0\n"
+        "leaf_tables_private 2\n"
+        "pages_shared 0\n"
+        "pages_private 515\n"
+        "copied 0\n"
+        "breaks 0\n"
     )
 
 
@@ -278,7 +286,7 @@ def test_metrics_are_those_of_all_regions_by_metric() -> None:
     ]
     assert "# TYPE msharefs_region_faults_total counter" in lines
     assert 'msharefs_region_faults_total{region="b"} 9' in lines
-    assert len(lines) == 2 + 6 * 3
+    assert len(lines) == 2 + 8 * 3
 
 
 def test_metrics_without_regions_are_well_formed() -> None:

@@ -695,13 +695,13 @@ class TestLooking:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _, pending = world.create()
-        read = module._read_kernel
+        read = module.read_kernel
 
         def read_late(*args: Any) -> Any:
             trio.from_thread.run_sync(world.service.give_up, pending)
             return read(*args)
 
-        monkeypatch.setattr(module, "_read_kernel", read_late)
+        monkeypatch.setattr(module, "read_kernel", read_late)
         assert trio.run(world.service.stat, pending.region).resident == 0
 
 

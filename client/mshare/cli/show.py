@@ -60,7 +60,8 @@ def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
     resident: memory in use. faults: those the daemon served. tables: pages of each level of page table.
     table_bytes_private, _shared, _kernel: what page tables would cost with a set for each attached process, what one
     set costs, and what the kernel counts for these processes. table_bytes_growth: how much all page tables of the
-    machine have grown since the region was made.
+    machine have grown since the region was made. leaf_tables, pages: what forks have in common. copied, breaks: what
+    they have copied of each other, and how many touches of this region made it necessary.
     """
     place = served_mount(mount)
     with about_region(name):
@@ -130,6 +131,12 @@ def _stat_pairs(found: RegionStat) -> Iterator[tuple[str, str]]:
     yield "table_bytes_shared", render.size_in_both(found.table_bytes_shared)
     yield "table_bytes_kernel", render.size_in_both(found.table_bytes_kernel)
     yield "table_bytes_growth", render.size_in_both(found.table_bytes_growth)
+    if found.origin is not None:
+        yield "origin", render.printable(found.origin)
+    yield "leaf_tables", f"{found.leaf_tables_shared} shared with forks, {found.leaf_tables_private} private"
+    yield "pages", f"{found.pages_shared} shared with forks, {found.pages_private} private"
+    yield "copied", render.size_in_both(found.copied)
+    yield "breaks", str(found.breaks)
     for note in found.notes:
         yield "note", render.printable(note)
 
