@@ -22,6 +22,7 @@ from benchmarks.work.calls import Calls
 from benchmarks.work.crowd import Crowd
 from benchmarks.work.held import Held
 from benchmarks.work.paging import Paging
+from benchmarks.work.snapshots import Snapshots
 
 
 class Worker:
@@ -30,7 +31,7 @@ class Worker:
     def __init__(self) -> None:
         self._held = Held()
         self._crowd = Crowd(self._held, self.answer)
-        parts = (self._held, self._crowd, Attaching(), Calls(self._held), Paging(self._held))
+        parts = (self._held, self._crowd, Attaching(), Calls(self._held), Paging(self._held), Snapshots(self._held))
         self._requests: dict[str, Callable[..., Any]] = {
             request: getattr(part, request) for part in parts for request in part.REQUESTS
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NewType
 
 import attrs
@@ -110,3 +110,15 @@ class AddrRange:
     def __str__(self) -> str:
         """As in /proc/PID/maps."""
         return f"{self.start:012x}-{self.end:012x}"
+
+
+def united(ranges: Iterable[AddrRange]) -> list[AddrRange]:
+    """The same addresses in ranges that neither overlap nor touch. Preconditions: ``ranges`` are in order."""
+    found: list[AddrRange] = []
+    for ar in ranges:
+        if found and ar.start <= found[-1].end:
+            last = found.pop()
+            found.append(AddrRange(last.start, max(last.end, ar.end)))
+        else:
+            found.append(ar)
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import attrs
 
-from msharefs.addr import Address, AddrRange, round_down, round_up
+from msharefs.addr import Address, AddrRange, round_down, round_up, united
 from msharefs.effects import Arm, Change
 from msharefs.perms import PROT_RW
 from msharefs.vma import Arming, Vma
@@ -74,15 +74,15 @@ class ArmingRule:
         While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
         ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
         """
-        first: list[Change] = []
-        last: list[Change] = []
+        first: list[Arm] = []
+        last: list[Arm] = []
         for piece, old, new in changes(before, self.around(vmas, ar), [ar.start, ar.end]):
             between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
             if between != old:
                 first.append(Arm(piece, between))
             if new != between:
                 last.append(Arm(piece, new))
-        return [*first, *moves, *last]
+        return [*joined(first), *moves, *joined(last)]
 
     def holes_beside_memory(self, vmas: VmaSet) -> list[AddrRange]:
         """The parts of holes that share a granule with memory, in order."""
@@ -91,15 +91,18 @@ class ArmingRule:
         return [hole for edge in inside if edge is not None for hole in vmas.holes(edge)]
 
 
-def united(ranges: Iterable[AddrRange]) -> list[AddrRange]:
-    """The same addresses in ranges that neither overlap nor touch. Preconditions: ``ranges`` are in order."""
-    found: list[AddrRange] = []
-    for ar in ranges:
-        if found and ar.start <= found[-1].end:
-            last = found.pop()
-            found.append(AddrRange(last.start, max(last.end, ar.end)))
+def joined(arms: Iterable[Arm]) -> list[Arm]:
+    """The same with neighbours that are armed alike as one. Preconditions: they are in order.
+
+    Each border that is armed splits every process's window, and hugetlb memory that was split inside its GiB never
+    shares that table again (compare hugetlb_split).
+    """
+    found: list[Arm] = []
+    for arm in arms:
+        if found and found[-1].arming == arm.arming and found[-1].ar.end == arm.ar.start:
+            found[-1] = Arm(AddrRange(found[-1].ar.start, arm.ar.end), arm.arming)
         else:
-            found.append(ar)
+            found.append(arm)
     return found
 
 

@@ -69,5 +69,6 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if source is not None:
         mm.missed(page)
         return Resolution(Fill(page, source.file, source.offset), vma)
-    mm.enter(page, pte_flags(vma.prot))
+    if frame is None:  # Else it came while the thread stopped, and relatives may refer to it by now.
+        mm.enter(page, pte_flags(vma.prot))
     return Resolution(ZeroFill(page, vma.reports_stores), vma)

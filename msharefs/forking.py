@@ -70,7 +70,8 @@ def copied(mm: HostMm, copy: Copy) -> None:
     if copy.source == mm.store:
         mm.lineage.moved(copy)
     else:
-        mm.filled(copy.ar)
+        for vma in mm.vmas.overlapping(copy.ar):
+            mm.filled(vma.clipped(copy.ar).ar)
 
 
 def shared_bytes(mm: HostMm) -> int:

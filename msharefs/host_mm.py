@@ -13,8 +13,9 @@ from msharefs.addr import (
     Address,
     AddrRange,
     FrameNo,
+    united,
 )
-from msharefs.armings import ArmingRule, united
+from msharefs.armings import ArmingRule
 from msharefs.effects import Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
 from msharefs.errors import (
     AccessDeniedError,
@@ -24,7 +25,7 @@ from msharefs.errors import (
     NotSupportedError,
 )
 from msharefs.fault import Fault, Resolution, handle_fault
-from msharefs.frames import frame_in
+from msharefs.frames import frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Advice, Prot
@@ -111,15 +112,18 @@ class HostMm:
             reserve(place)
         before = self.rule.around(self.vmas, place)
         moves = self.write_back(place)
+        new = Vma(place, prot, source)
+        if new.reports_stores:
+            moves += self._protect(place)
         if self.vmas.remove(place):
             self.table.clear_range(place)
             moves.append(Punch(place))
-        self.vmas.insert(Vma(place, prot, source))
+        self.vmas.insert(new)
         return place, self.rule.rearm(self.vmas, place, before, moves)
 
     def munmap(self, ar: AddrRange) -> list[Change]:
         """Unmap ``ar``; holes in it are none of an error (compare mm/mmap.c:do_munmap)."""
-        self._check_range(ar)
+        self.check_range(ar)
         self._check_count()
         before = self.rule.around(self.vmas, ar)
         moves = [*self.write_back(ar), Punch(ar)]
@@ -138,7 +142,7 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             check_store(vma.source, prot)
         before = self.rule.around(self.vmas, ar)
-        moves = self.write_back(ar) if not prot & Prot.WRITE else []
+        moves = [*self.write_back(ar), *self._protect(ar)] if not prot & Prot.WRITE else []
         for vma in self.vmas.remove(ar):
             moves += _moves_of_contents(vma, prot)
             self.vmas.insert(attrs.evolve(vma, prot=prot))
@@ -190,7 +194,8 @@ class HostMm:
 
     def dirty(self, ar: AddrRange) -> list[AddrRange]:
         """Pages of shared files that were stored to and not written back, in order."""
-        return united(run for run, pte in self.table.runs(ar) if pte.flags & PteFlag.DIRTY)
+        files = [vma.clipped(ar).ar for vma in self.vmas.overlapping(ar) if vma.reaches_file]
+        return united(run for part in files for run, pte in self.table.runs(part) if pte.flags & PteFlag.DIRTY)
 
     def filled(self, ar: AddrRange) -> None:
         """Enter pages that were filled from their file.
@@ -204,10 +209,10 @@ class HostMm:
     def missed(self, page: AddrRange) -> None:
         """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
 
-        Of a dirty one this is old news: it was filled, and stored to, since the thread stopped.
+        Of a dirty one, and of one that relatives refer to, this is old news: it was filled since the thread stopped.
         """
         pte = self.table.walk(page.start)
-        if pte is not None and not pte.flags & PteFlag.DIRTY:
+        if pte is not None and not pte.flags & PteFlag.DIRTY and not any(self.lineage.claims(self, page)):
             self.table.clear_range(page)
 
     def stored_to(self, page: AddrRange) -> None:
@@ -245,12 +250,14 @@ class HostMm:
         2 MiB of them are installed as leaves. What lies outside the VMAs that may be touched is left out. Where there
         are relatives pages are only added: what is installed is theirs, too.
         """
+        there = united(inside for data in present if (inside := data.intersect(self.ar)) is not None)
+        if there == self.table.present(self.ar):
+            return
         dirty = self.dirty(self.ar)
         if not self.rule.forked:
             self.table.clear_range(self.ar)
-        for data in present:
-            inside = data.intersect(self.ar)
-            for part in self.table.holes(inside) if inside is not None else ():
+        for data in there:
+            for part in self.table.holes(data):
                 self._install(part, huge=huge)
         for run in dirty:
             self.enter(run, pte_flags(PROT_RW) | PteFlag.DIRTY)
@@ -280,25 +287,47 @@ class HostMm:
                 else:
                     self.table.set_range(piece, frame, flags)
 
+    def _protect(self, ar: AddrRange) -> list[Change]:
+        """Where forks have stores reported, and some were allowed since: have them reported again.
+
+        To arm with WP what is armed with it already does not. Shared files have their dirty pages written back instead.
+        """
+        if not self.rule.forked & Arming.WP:
+            return []
+        return [
+            Protect(vma.clipped(ar).ar)
+            for vma in self.vmas.overlapping(ar)
+            if vma.prot & Prot.WRITE and not vma.reaches_file
+        ]
+
     def _follow_prot(self, ar: AddrRange, prot: Prot) -> None:
         """Make installed pages agree with a new protection; a page nobody may touch is not installed.
 
-        One that reaches a file stays protected until it is stored to.
+        One that reaches a file stays protected until it is stored to, and so does one that relatives may refer to.
         """
         if prot & Prot.WRITE:
             for vma in filter(lambda vma: not vma.reaches_file, self.vmas.overlapping(ar)):
-                self.table.change_flags(vma.clipped(ar).ar, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
+                for run in self._native_stores(vma.clipped(ar).ar):
+                    self.table.change_flags(run, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
         elif prot & Prot.READ:
             self.table.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         else:
             self.table.clear_range(ar)
+
+    def _native_stores(self, ar: AddrRange) -> list[AddrRange]:
+        """Where in a mapping that may be written stores go unseen, as far as forks are concerned."""
+        if not self.rule.forked:
+            return [ar]
+        if self.rule.forked & Arming.WP:
+            return []
+        return [run for run, pte in self.table.runs(ar) if store_of(pte.frame) == self.store]
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:
         """Where a mapping goes (compare mm/mmap.c:get_unmapped_area)."""
         if size <= 0 or size % self.page:
             raise InvalidArgumentError(f"length {size} is not a positive multiple of {self.page}")
         if ar is not None:
-            self._check_range(ar)
+            self.check_range(ar)
             taken = bool(self.vmas.overlapping(ar))
             if not taken or replace:
                 return ar
@@ -316,11 +345,11 @@ class HostMm:
 
     def check_mapped(self, ar: AddrRange) -> None:
         """Only whole pages of the region, all of them mapped: else InvalidArgumentError or NoMemoryError."""
-        self._check_range(ar)
+        self.check_range(ar)
         if self.vmas.holes(ar):
             raise NoMemoryError(f"{ar} is not mapped throughout; map it first")
 
-    def _check_range(self, ar: AddrRange) -> None:
+    def check_range(self, ar: AddrRange) -> None:
         """Only whole pages of the region."""
         if not ar.is_aligned(self.page):
             raise InvalidArgumentError(f"{ar} is not made of whole pages of {self.page} bytes")

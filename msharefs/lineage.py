@@ -8,13 +8,16 @@ of them. The younger side has a store of its own, and gets a page there when it 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msharefs.addr import Address, AddrRange, FrameNo
+from msharefs.addr import PMD_SIZE, Address, AddrRange, FrameNo, united
+from msharefs.armings import cut
 from msharefs.effects import Copy
 from msharefs.errors import InternalError, NoSpaceError
 from msharefs.frames import MAX_STORES, StoreNo, store_of
+from msharefs.vma import Arming
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
@@ -55,9 +58,9 @@ class Lineage:
 
     def needed(self, store: StoreNo) -> list[AddrRange]:
         """Where somebody refers to frames of a store, as addresses; in order, apart for each member."""
-        return [
-            run for mm in self.members.values() for run, pte in mm.table.runs(mm.ar) if store_of(pte.frame) == store
-        ]
+        borrowers = [mm for mm in self.members.values() if mm.rule.forked & Arming.MISSING or mm.store == store]
+        runs = [each for mm in borrowers for each in mm.table.runs(mm.ar)]
+        return [run for run, pte in runs if store_of(pte.frame) == store]
 
     def claims(self, mm: HostMm, ar: AddrRange) -> Iterator[Copy]:
         """What others refer to of the frames that ``mm`` has in ``ar``, each part with the oldest of them."""
@@ -65,40 +68,23 @@ class Lineage:
         for other in list(self.members.values()):
             if other is mm:
                 continue
-            for run, pte in other.table.runs(ar):
-                if pte.frame != mm.frame_at(run.start):
-                    continue
-                for part in _without(run, taken):
+            borders = [border for run in taken for border in (run.start, run.end)]
+            runs = [run for run, pte in other.table.runs(ar) if pte.frame == mm.frame_at(run.start)]
+            for part in (part for run in runs for part in cut(run, borders)):
+                if not bisect_right(borders, part.start) % 2:
                     yield Copy(part, mm.store, other.store)
-                taken.append(run)
+            taken = united(sorted([*taken, *runs]))
 
     def moved(self, copy: Copy) -> None:
         """Everybody but its owner refers to the copy from now on. Preconditions: the contents are there."""
         owner, heir = self.members[copy.source], self.members[copy.target]
-        for page in copy.ar.pieces(owner.page):
-            old, new = owner.frame_at(page.start), heir.frame_at(page.start)
-            owner.table.own(page.start)
-            for other in self.members.values():
-                if other is not owner and other.table.frame_at(page.start) == old:
-                    other.table.reassign(page, new)
-        if heir.table.frame_at(copy.ar.start) != heir.frame_at(copy.ar.start):
-            raise InternalError(f"{copy} reached nobody")
-
-
-def _without(ar: AddrRange, taken: list[AddrRange]) -> list[AddrRange]:
-    """The parts of ``ar`` that no range of ``taken`` covers, in order."""
-    parts = [ar]
-    for each in taken:
-        parts = [rest for part in parts for rest in _minus(part, each)]
-    return parts
-
-
-def _minus(ar: AddrRange, taken: AddrRange) -> list[AddrRange]:
-    if not ar.overlaps(taken):
-        return [ar]
-    parts = []
-    if ar.start < taken.start:
-        parts.append(AddrRange(ar.start, taken.start))
-    if taken.end < ar.end:
-        parts.append(AddrRange(taken.end, ar.end))
-    return parts
+        if heir.table.frame_at(copy.ar.start) != owner.frame_at(copy.ar.start):
+            raise InternalError(f"{copy} is for somebody who does not refer to it")
+        for piece in copy.ar.pieces(PMD_SIZE):
+            owner.table.own(piece.start)
+        for other in self.members.values():
+            if other is owner:
+                continue
+            for run, pte in list(other.table.runs(copy.ar)):
+                if pte.frame == owner.frame_at(run.start):
+                    other.table.reassign(run, heir.frame_at(run.start))

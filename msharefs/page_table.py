@@ -21,10 +21,11 @@ from msharefs.addr import (
     Address,
     AddrRange,
     FrameNo,
+    united,
 )
 from msharefs.errors import InternalError, InvalidArgumentError
 from msharefs.pte import FRAMES_IN_PMD, HUGE, NO_FLAGS, PRESENT, Pte, PteFlag
-from msharefs.tables import Directory, Leaf, entry_index, entry_span, forked, leaf_runs, leaves
+from msharefs.tables import Directory, Leaf, entry_index, entry_span, forked, is_full_of_leaves, leaf_runs, leaves
 
 LEVEL_NAMES = {4: ("pte", "pmd", "pud", "pgd"), 5: ("pte", "pmd", "pud", "p4d", "pgd")}
 """Names of the levels, lowest first, for tables of 4 and of 5 levels."""
@@ -131,7 +132,12 @@ class PageTable:
 
     def release(self) -> None:
         """Drop all entries; leaf tables that others share stay theirs (compare free_pgtables)."""
-        self.clear_range(AddrRange.sized(0, entry_span(self.levels)))
+        for leaf in leaves(self._top):
+            leaf.dropped()
+        self._top.entries.clear()
+        self._last_start = -1
+        self.tables = [0] * (self.levels - 1) + [1]
+        self.pages = self.huge_pages = 0
 
     def own(self, addr: Address) -> None:
         """Share the leaf table of ``addr``, if there is one, with nobody (compare break_cow_pte).
@@ -156,9 +162,9 @@ class PageTable:
         return FrameNo(pte.frame + (addr % PMD_SIZE >> PAGE_SHIFT)) if pte.is_huge else pte.frame
 
     def reassign(self, ar: AddrRange, frame: FrameNo) -> None:
-        """Have the pages of ``ar`` lie in other frames, in all tables that share the leaf.
+        """Have the pages of ``ar`` lie in consecutive other frames, in all page tables that share the leaf table.
 
-        Preconditions: all are installed; ``ar`` is as long as one page, small or huge.
+        Preconditions: all are installed, in one leaf table or 2 MiB leaf; one that sticks out is split first.
         """
         entry = self._pmd(ar.start).entries[entry_index(ar.start, 1)]
         if isinstance(entry, int) and ar.size == PMD_SIZE:
@@ -190,13 +196,17 @@ class PageTable:
         if ar.size == PAGE_SIZE:
             return [] if self.walk(ar.start) else [ar]
         found, start = [], ar.start
-        for run, _ in self.runs(ar):
+        for run in self.present(ar):
             if start < run.start:
                 found.append(AddrRange(start, run.start))
             start = run.end
         if start < ar.end:
             found.append(AddrRange(start, ar.end))
         return found
+
+    def present(self, ar: AddrRange) -> list[AddrRange]:
+        """The parts of ``ar`` in which something is installed, in order; neighbours as one."""
+        return united(self._present(self._top, ar))
 
     def tables_by_name(self) -> dict[str, int]:
         """How many tables exist, by the name of their level, top first."""
@@ -280,7 +290,7 @@ class PageTable:
                 empty = not below.entries
             elif piece.size == PMD_SIZE:
                 self.pages -= below.used
-                below.refs -= 1
+                below.dropped()
                 empty = True
             else:
                 below = self._leaf(piece.start)
@@ -318,6 +328,20 @@ class PageTable:
         for index in [i for i in wanted if i in held] if len(wanted) < len(held) else sorted(held):
             piece = AddrRange.sized(base + index * span, span).intersect(ar)
             if piece is not None:
+                yield piece
+
+    def _present(self, table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
+        """Where something is installed in ``ar`` below ``table``, in order; full tables are not looked into."""
+        if is_full_of_leaves(table):
+            yield ar
+            return
+        for piece in self._pieces(table, ar):
+            below = table.entries[entry_index(piece.start, table.level)]
+            if isinstance(below, Directory):
+                yield from self._present(below, piece)
+            elif isinstance(below, Leaf) and below.used < TABLE_ENTRIES:
+                yield from (run for run, _ in leaf_runs(below, piece))
+            else:
                 yield piece
 
     def _runs(self, table: Directory, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator
 from typing import Final
 
 from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TABLE_ENTRIES, TABLE_SHIFT, AddrRange
-from msharefs.pte import Pte, PteFlag
+from msharefs.pte import PRESENT, Pte, PteFlag
 
 _WRITE: Final = int(PteFlag.WRITE)
 _UFFD_WP: Final = int(PteFlag.UFFD_WP)
+_EACH: Final = int.from_bytes(array("Q", [1] * TABLE_ENTRIES).tobytes(), sys.byteorder)
+"""1 in every word of a table, read as one number."""
 
 
 class Leaf:
-    """A table of PTEs; ``refs`` is in how many page tables it hangs (compare the refcount of a COW PTE table)."""
+    """A table of PTEs; ``refs`` is in how many page tables it hangs (compare the refcount of a COW PTE table).
+
+    While it is shared, nobody may store to its pages, whatever the words say.
+    """
 
     __slots__ = ("refs", "used", "words")
     level = 0
@@ -27,10 +33,23 @@ class Leaf:
     def broken(self) -> Leaf:
         """A duplicate for one of those that share it; the pages of both are protected from now on."""
         own = Leaf()
-        self.words = array("Q", map(protected, self.words))
+        self.protect()
         own.words, own.used = self.words[:], self.used
         self.refs -= 1
         return own
+
+    def dropped(self) -> None:
+        """Hang in one page table less; the last one has its pages protected from now on."""
+        self.refs -= 1
+        if self.refs == 1:
+            self.protect()
+
+    def protect(self) -> None:
+        """``protected`` for all words at once."""
+        words = int.from_bytes(self.words.tobytes(), sys.byteorder)
+        present = words & _EACH * PRESENT
+        words = words & ~(_EACH * _WRITE) | present * _UFFD_WP
+        self.words = array("Q", words.to_bytes(8 * TABLE_ENTRIES, sys.byteorder))
 
     def put_one(self, index: int, word: int) -> int:
         """Store one word, which is not 0; how many more are in use now."""
@@ -83,6 +102,11 @@ def forked(table: Directory) -> Directory:
         else:
             twin.entries[index] = table.entries[index] = protected(below)
     return twin
+
+
+def is_full_of_leaves(table: Directory) -> bool:
+    """Whether each entry is a 2 MiB leaf."""
+    return len(table.entries) == TABLE_ENTRIES and all(isinstance(entry, int) for entry in table.entries.values())
 
 
 def leaves(table: Directory) -> Iterator[Leaf]:

@@ -49,6 +49,7 @@ class Mode(enum.IntFlag):
 
     MISSING = 1
     WP = 2
+    MINOR = 4
 
 
 class Event(enum.IntEnum):
@@ -66,6 +67,8 @@ FLAG_WP: Final = 2
 
 COPY_MODE_WP: Final = 2
 WRITEPROTECT_MODE_WP: Final = 1
+WRITEPROTECT_MODE_DONTWAKE: Final = 2
+CONTINUE_MODE_WP: Final = 2
 
 API_STRUCT: Final = struct.Struct("=QQQ")
 """struct uffdio_api: api, features, ioctls."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from benchmarks.group import Group
-from benchmarks.groups import attach, changes, control, faults, growth, scaling, touch
+from benchmarks.groups import attach, changes, control, faults, growth, scaling, snapshots, touch
 
 ALL: Final[tuple[Group[Any], ...]] = (
     touch.GROUP,
@@ -15,4 +15,5 @@ ALL: Final[tuple[Group[Any], ...]] = (
     changes.GROUP,
     faults.GROUP,
     control.GROUP,
+    snapshots.GROUP,
 )

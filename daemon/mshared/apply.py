@@ -10,12 +10,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from signal import SIGKILL
-from typing import Final
 
-from mshared import backing, processes
+from mshared import backing, refusals
 from mshared.live import LiveAttachment, LiveRegion, Unwritten
-from mshared.uffd import Outcome, Uffd, classify
+from mshared.uffd import Outcome, attempt, insist
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
     Allow,
@@ -28,22 +26,16 @@ from msharefs.effects import (
     Preserve,
     Protect,
     Punch,
-    Signal,
     Stash,
     Unstash,
     WriteBack,
     ZeroFill,
 )
 from msharefs.errors import InternalError, NoMemoryError
-from msharefs.perms import PROT_RW
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
-
-_MOST_TRIES: Final = 10_000
-_MOST_LOGGED: Final = 20
-"""Lines a window may have in the log: a process that catches its signals can go on for ever."""
 
 
 def arm_new(attachment: LiveAttachment) -> None:
@@ -65,9 +57,9 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
     far.
     """
     for attachment in region.attachments:
-        take_back(attachment)
-        _unpoison(attachment)
-    region.changing = True
+        refusals.take_back(attachment)
+    refusals.unpoison_shared(region)
+    changing_already, region.changing = region.changing, True
     try:
         for effect in effects:
             if isinstance(effect, Arm):
@@ -79,8 +71,10 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
             else:
                 read_events()
                 _move_memory(region, effect)
+        for attachment in list(region.attachments):
+            refusals.unpoison(attachment, read_events)
     finally:
-        region.changing = False
+        region.changing = changing_already
         region.arming_now.clear()
 
 
@@ -117,11 +111,7 @@ def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Call
     work = partial(_protect, attachment, effect.ar)
     if isinstance(effect, Arm):
         work = partial(_arm, attachment, effect.ar, effect.arming)
-    for _ in range(_MOST_TRIES):
-        if _try(attachment, work) is not Outcome.RETRY:
-            return
-        read_events()
-    raise InternalError(f"{attachment} cannot be armed: the kernel asks to wait for ever")
+    insist(attachment, work, read_events)
 
 
 def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Answer) -> Outcome:
@@ -130,16 +120,17 @@ def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: An
         case ZeroFill():
             return _zero_fill(attachment, effect)
         case Allow():
-            return _try(attachment, partial(attachment.uffd.write_protect, attachment.guest(effect.ar), protect=False))
+            page = attachment.guest(effect.ar)
+            return attempt(attachment, partial(attachment.uffd.write_protect, page, protect=False))
         case Fill() | Bring() | Preserve():
             raise InternalError(f"{effect} is more than an answer: see mshared.filling and mshared.family")
         case Deliver(signal):
-            return _deliver(attachment, addr, tid, signal)
+            return refusals.refuse(attachment, addr, tid, signal)
 
 
 def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:
     """Let whoever waits in ``ar`` (its own addresses) try again."""
-    return _try(attachment, lambda: attachment.uffd.wake(ar))
+    return attempt(attachment, lambda: attachment.uffd.wake(ar))
 
 
 def _protect(attachment: LiveAttachment, ar: AddrRange) -> None:
@@ -153,16 +144,6 @@ def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:
         attachment.uffd.arm(place, attachment.armed(arming))
 
 
-def _unpoison(attachment: LiveAttachment) -> None:
-    """Make poisoned pages good that may be touched from now on. Preconditions: they are armed as they were."""
-    model = attachment.region.model
-    for page in list(attachment.poisoned):
-        vma = model.mm.vmas.find(model.to_host(attachment.model, page))
-        if vma is not None and vma.prot & PROT_RW:
-            _try(attachment, partial(attachment.uffd.unpoison, attachment.page_at(page)))
-            attachment.poisoned.discard(page)
-
-
 def fill(attachment: LiveAttachment, ar: AddrRange, source: int, *, protected: bool) -> Outcome:
     """Put pages where the host range ``ar`` has none, by a window that can be written, and wake who waits there.
 
@@ -170,7 +151,7 @@ def fill(attachment: LiveAttachment, ar: AddrRange, source: int, *, protected: b
     """
     if attachment.model.readonly:
         return Outcome.UNMAPPED  # A private mapping: what is put there is not the region's.
-    return _try(attachment, partial(attachment.uffd.copy_from, attachment.guest(ar), source, protected=protected))
+    return attempt(attachment, partial(attachment.uffd.copy_from, attachment.guest(ar), source, protected=protected))
 
 
 def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
@@ -183,111 +164,12 @@ def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
     if attachment.model.readonly:
         attachment.region.filler().zero(attachment.region.model.offset_of(effect.ar))
         return wake(attachment, page)
-    try:
-        attachment.uffd.zero(page, protected=effect.protected)
-    except OSError as error:
-        outcome = _outcome(attachment, error)
-        if outcome is Outcome.EXISTS:
-            wake(attachment, page)
-        return outcome
-    return Outcome.SERVED
-
-
-def _deliver(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal) -> Outcome:
-    """Signal the thread, or fail the system call in which it touched the page.
-
-    In a system call a signal would not even end the fault: the kernel tries again and again. A poisoned page makes the
-    call fail with EFAULT, as it should. A page that is there, and protected, cannot be poisoned: the userfaultfd that
-    answers by itself has it for a moment. A forked child has none, and ends. A thread that blocks or ignores the signal
-    is poisoned too: as in a kernel, it cannot look away.
-    """
-    pid = attachment.model.pid or processes.process_of_thread(tid)
-    if pid is None:
-        return Outcome.GONE
-    tid = processes.thread_seen_from_here(pid, tid)
-    attachment.refusals += 1
-    level = logging.INFO if attachment.refusals <= _MOST_LOGGED else logging.DEBUG
-    # A thread that comes back with its signal still pending has not been in user mode since.
-    pending = processes.is_pending(pid, tid, signal)
-    if pending or processes.in_system_call(pid, tid):
-        outcome = _poison(attachment, addr)
-        if outcome is not Outcome.EXISTS:
-            log.log(level, "%s: EFAULT for thread %d at %#x", attachment, tid, addr)
-            return outcome
-        if attachment.sigbus is not None:
-            log.log(level, "%s: EFAULT for thread %d, which stores at %#x", attachment, tid, addr)
-            return _try(attachment, partial(_refuse, attachment, attachment.sigbus, attachment.page_at(addr)))
-    if pending:
-        log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, addr)
-        return _kill(pid)
-    if processes.would_miss(pid, tid, signal):
-        log.log(level, "%s: thread %d blocks or ignores %s, poisoned at %#x", attachment, tid, signal.name, addr)
-        return _poison(attachment, addr)
-    log.log(level, "%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
-    return _send(pid, tid, signal, addr)
-
-
-def _poison(attachment: LiveAttachment, addr: Address) -> Outcome:
-    page = attachment.page_at(addr)
-    outcome = _try(attachment, lambda: attachment.uffd.poison(page))
-    if outcome is Outcome.SERVED:
-        attachment.poisoned.add(page.start)
+    outcome = attempt(attachment, partial(attachment.uffd.zero, page, protected=effect.protected))
+    if outcome is Outcome.EXISTS:
+        wake(attachment, page)
     return outcome
-
-
-def _refuse(attachment: LiveAttachment, sigbus: Uffd, page: AddrRange) -> None:
-    """Give a protected page to the userfaultfd that answers by itself. Ending the first's care wakes nobody yet."""
-    attachment.uffd.unmark(page)
-    sigbus.arm(page, Arming.WP)
-    attachment.refused.add(page.start)
-    attachment.uffd.wake(page)
-
-
-def take_back(attachment: LiveAttachment) -> None:
-    """Arm refused pages again as the region is armed; one that the kernel cannot take yet stays among them."""
-    model = attachment.region.model
-    for start in list(attachment.refused):
-        page = attachment.page_at(start)
-        host = page.moved(model.ar.start - attachment.model.window.start)
-        if attachment.sigbus is not None:
-            _try(attachment, partial(attachment.sigbus.unmark, page))
-        arming = model.mm.arming_at(host) if start in attachment.model.window else Arming.MISSING | Arming.WP
-        if _try(attachment, partial(attachment.uffd.arm, page, arming)) is not Outcome.RETRY:
-            attachment.refused.discard(start)
-
-
-def _send(pid: int, tid: int, signal: Signal, addr: Address) -> Outcome:
-    try:
-        processes.send_fault_signal(pid, tid, signal, addr)
-    except ProcessLookupError:
-        return Outcome.GONE
-    return Outcome.SERVED
-
-
-def _kill(pid: int) -> Outcome:
-    try:
-        os.kill(pid, SIGKILL)
-    except ProcessLookupError:
-        return Outcome.GONE
-    return Outcome.SERVED
 
 
 def _offsets(region: LiveRegion, ar: AddrRange) -> AddrRange:
     """The same range as offsets in the backing file."""
     return ar.moved(-region.model.ar.start)
-
-
-def _try(attachment: LiveAttachment, ioctl: Callable[[], None]) -> Outcome:
-    """Run an ioctl on a client's address space; what it came to."""
-    try:
-        ioctl()
-    except OSError as error:
-        return _outcome(attachment, error)
-    return Outcome.SERVED
-
-
-def _outcome(attachment: LiveAttachment, error: OSError) -> Outcome:
-    outcome = classify(error)
-    if outcome in (Outcome.GONE, Outcome.UNMAPPED):
-        log.debug("%s: %s (%s)", attachment, outcome.value, error.strerror)
-    return outcome

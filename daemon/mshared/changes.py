@@ -13,6 +13,7 @@ import trio
 
 from mshared import apply
 from mshared.live import LiveAttachment
+from mshared.refusals import refill
 from mshared.writeback import flush
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
@@ -58,9 +59,11 @@ class Changes:
                 os.close(opened.fd)
             raise
         try:
-            return self._mmap(live, request, flags, opened)
+            placed = self._mmap(live, request, flags, opened)
+            await refill(live.region, self._read_events)
         finally:
             live.region.drop_unused_files()
+        return placed
 
     def _mmap(
         self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, opened: Opened | None
@@ -96,11 +99,17 @@ class Changes:
 
     async def munmap(self, live: LiveAttachment, request: protocol.Munmap) -> None:
         """Unmap a range (compare munmap(2))."""
-        ar = live.region.model.range_at(request.offset, request.length)
+        region = live.region
+        ar = region.model.range_at(request.offset, request.length)
+        region.model.mm.check_range(ar)
+        _check_writer(live)
         await self._flush(live, ar)
-        await live.region.prepare_to_punch(ar)
-        await live.region.family.make_way(live.region.model.mm, ar)
-        self._change(live, lambda: live.region.model.mm.munmap(ar))
+        await region.prepare_to_punch(ar)
+        await region.family.make_way(region.model.mm, ar)
+        out_of_sight = region.out_of_sight(ar)
+        self._change(live, lambda: region.model.mm.munmap(ar))
+        for part in out_of_sight:
+            region.give_back(part)
         live.region.drop_unused_files()
 
     async def msync(self, live: LiveAttachment, request: protocol.Msync) -> None:
@@ -121,6 +130,7 @@ class Changes:
         if not prot & PROT_RW:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
         self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
+        await refill(live.region, self._read_events)
 
     async def madvise(self, live: LiveAttachment, request: protocol.Madvise) -> None:
         """Take advice about a range (compare madvise(2)). What has no effect on others the client does by itself."""
@@ -139,7 +149,7 @@ class Changes:
         elif advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE):
             need = Prot.WRITE if advice is Advice.POPULATE_WRITE else Prot.READ | Prot.WRITE
             if not all(vma.prot & need for vma in mm.vmas.overlapping(ar)):
-                raise AccessDeniedError(f"{ar} may not be touched like that throughout; mprotect it first")
+                raise InvalidArgumentError(f"{ar} may not be touched like that throughout; mprotect it first")
 
     async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
         """Write back beforehand: what a change writes back by itself, on the loop, is then little."""
@@ -152,8 +162,7 @@ class Changes:
         armed: they are let go on only after they are seen to.
         """
         region = live.region
-        if live.model.readonly:
-            raise AccessDeniedError(f"{region.model.name!r} was opened O_RDONLY; open it O_RDWR to change its mappings")
+        _check_writer(live)
         before = [(vma.ar, vma.prot) for vma in region.model.mm.vmas]
         effects = decide()
         try:
@@ -169,6 +178,13 @@ class Changes:
         for ar, prot in before:
             if not mm.vmas.holes(ar):
                 apply.carry_out(live.region, mm.mprotect(ar, prot), self._read_events)
+
+
+def _check_writer(live: LiveAttachment) -> None:
+    """Only who may store may change mappings."""
+    if live.model.readonly:
+        name = live.region.model.name
+        raise AccessDeniedError(f"{name!r} was opened O_RDONLY; open it O_RDWR to change its mappings")
 
 
 def checked_prot(number: int) -> Prot:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 from mshared import processes
-from mshared.backing import held, resident
+from mshared.backing import resident
 from mshared.live import LiveRegion
 from msharefs import dump
-from msharefs.addr import AddrRange
 from msharefs.region import BackingKind
 
 _PIDS_FOR_HUGE: Final = 4
 """Processes that are looked at for what they have mapped by 2 MiB entries."""
 
 
-def read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> tuple[dump.KernelFacts, list[AddrRange]]:
+def read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> dump.KernelFacts:
     """Read the slow facts, in a worker thread; ``fd`` is the backing file."""
     attachments = list(region.attachments)
     pids = {a.model.pid: a for a in attachments if a.model.pid is not None}
@@ -24,7 +23,5 @@ def read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> tuple[du
     if region.model.backing is BackingKind.HUGETLB:
         huge = resident(fd)
     tables = sum(processes.page_table_bytes(pid) for pid in pids)
-    whole = AddrRange.sized(0, region.model.ar.size)
-    present = held(fd, whole, region.model.backing, region.uffd_device)
     growth = processes.all_page_table_bytes() - region.page_tables_before
-    return dump.KernelFacts(resident(fd), tables, growth, huge, notes, region.family.copied), present
+    return dump.KernelFacts(resident(fd), tables, growth, huge, notes, region.family.copied)

@@ -56,43 +56,59 @@ class Family:
         for store in self.backings.keys() - self.regions.keys() - {mm.store}:
             self._release(mm, store)
 
-    def make(self, mm: HostMm, copies: Iterable[Copy]) -> None:
-        """Make copies that ``mm`` asks for. Raises OSError where memory is short, with those before it made."""
-        for copy in copies:
+    def make(self, mm: HostMm, copies: list[Copy]) -> None:
+        """Make copies that ``mm`` asks for, and take them off the list. Raises OSError where memory is short."""
+        while copies:
+            copy = copies[0]
             self._put(copy, mm)
             forking.copied(mm, copy)
             self.copied += copy.ar.size
             if copy.source not in self.regions:
                 self._punch_unneeded(mm, copy)
+            del copies[0]
 
     def make_or_reclaim(self, mm: HostMm, copies: Iterable[Copy]) -> None:
         """As ``make``; where memory is short, once more after what nobody needs was given back."""
-        copies = list(copies)
+        left = list(copies)
         try:
-            self.make(mm, copies)
+            self.make(mm, left)
         except OSError:
             for store in self.backings.keys() - self.regions.keys():
                 self._release(mm, store)
-            self.make(mm, copies)
+            self.make(mm, left)
 
     async def make_way(self, mm: HostMm, ar: AddrRange, *, bring: bool = False) -> None:
         """Have relatives hold what they refer to in ``ar``, which may go then, and with ``bring`` get what they hold.
 
-        Preconditions: the region's lock is held, so that nobody forks it meanwhile. Raises NoMemoryError.
+        When it returns that is so; after the caller's next await it may not be any more, since a store of a relative
+        may have left something here for others. Preconditions: the region's lock is held, so that nobody forks it
+        meanwhile. Raises NoMemoryError.
         """
         inside = ar.intersect(mm.ar)
-        for piece in inside.pieces(_AT_ONCE) if inside is not None and mm.rule.forked else ():
-            try:
-                self.make_or_reclaim(mm, forking.to_preserve(mm, piece))
-                self.make_or_reclaim(mm, forking.to_bring(mm, piece) if bring else [])
-            except OSError as error:
-                raise NoMemoryError(f"no memory for what forks refer to: {error.strerror}; free some") from error
-            await trio.lowlevel.checkpoint()
+        if inside is None or not mm.rule.forked:
+            return
+        try:
+            for piece in inside.pieces(_AT_ONCE):
+                self._make_way_now(mm, piece, bring=bring)
+                await trio.lowlevel.checkpoint()
+            self._make_way_now(mm, inside, bring=bring)
+        except OSError as error:
+            raise NoMemoryError(f"no memory for what forks refer to: {error.strerror}; free some") from error
+
+    def _make_way_now(self, mm: HostMm, ar: AddrRange, *, bring: bool) -> None:
+        self.make_or_reclaim(mm, forking.to_preserve(mm, ar))
+        self.make_or_reclaim(mm, forking.to_bring(mm, ar) if bring else [])
 
     def _put(self, copy: Copy, mm: HostMm) -> None:
+        """Copy pages. Raises OSError with none there: whoever touched one unseen would change what others refer to."""
         source, target = self.backings[copy.source], self.regions[copy.target]
-        for piece in copy.ar.moved(-mm.ar.start).pieces(PMD_SIZE):
-            target.put_new(os.pread(source.fd, piece.size, piece.start), piece.start)
+        inside = copy.ar.moved(-mm.ar.start)
+        try:
+            for piece in inside.pieces(PMD_SIZE):
+                target.put_new(os.pread(source.fd, piece.size, piece.start), piece.start)
+        except OSError:
+            target.backing.punch(inside)
+            raise
 
     def _punch_unneeded(self, mm: HostMm, copy: Copy) -> None:
         """Give a page of an ended region back that was the last one's."""

@@ -18,8 +18,7 @@ from typing import Final
 
 from mshared import libc, uffd
 from msharefs import uffd_abi as abi
-from msharefs.addr import PMD_SIZE, Address, AddrRange
-from msharefs.armings import united
+from msharefs.addr import PMD_SIZE, Address, AddrRange, united
 from msharefs.errors import NoMemoryError
 from msharefs.units import format_size
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from mshared import apply, processes
+from mshared import apply, processes, refusals
 from mshared.backing import Backing
 from mshared.family import Family
 from mshared.filling import Filling, Waiting
@@ -40,8 +40,6 @@ _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
-_REFUSAL_TIME: Final = 0.01
-"""Seconds for which a page is refused by the kernel alone, so that the system call that met it comes to its end."""
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
 
@@ -255,7 +253,7 @@ class Lifetimes:
         """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
         region = live.region.model
         if live.model.id not in self._attachments or addr not in live.model.window:
-            self._on_stray(live, addr, tid)
+            self._on_stray(live, flags, addr, tid)
             return
         if live.region.changing:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
@@ -271,9 +269,10 @@ class Lifetimes:
         if isinstance(effect, Bring | Preserve):
             self._copy_first(Waiting(live, flags, addr, tid), resolution)
             return
+        if isinstance(effect, Deliver):
+            self._refuse(live, flags, addr, tid, resolution)
+            return
         outcome = apply.answer_fault(live, Address(addr), tid, effect)
-        if live.refused:
-            self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
         if outcome is Outcome.SERVED:
             region.count_served(vma)
         elif outcome is Outcome.RETRY:
@@ -284,15 +283,39 @@ class Lifetimes:
         moved = (start, to, length)
         live.staged = [each for each in live.staged if (each.addr, live.guest(each.ar).start, each.ar.size) != moved]
 
-    def _on_stray(self, live: LiveAttachment, addr: int, tid: int) -> None:
+    def _on_stray(self, live: LiveAttachment, flags: int, addr: int, tid: int) -> None:
         """A touch of what a process has moved out of its window: that is no memory of the region any more."""
         if live.model.id not in self._attachments:
             return
-        outcome = apply.answer_fault(live, Address(addr), tid, Deliver(Signal.SIGBUS, Address(addr)))
-        if live.refused:
-            self._take_back_after(live, time.monotonic() + _REFUSAL_TIME)
-        if outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._on_stray(live, addr, tid))
+        self._refuse(live, flags, addr, tid, Resolution(Deliver(Signal.SIGBUS, Address(addr))))
+
+    def _refuse(self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution) -> None:
+        """Refuse a fault. A page that may be loaded is brought first, when a system call is to fail for a store.
+
+        The store is then reported anew, as one to a page that is there: loads of others go on meanwhile.
+        """
+        signal, vma = resolution.signal, resolution.vma
+        assert signal is not None
+        readable = vma is not None and Access.READ.allowed_by(vma.prot)
+        protected = bool(flags & abi.FLAG_WP) and (readable or addr not in live.model.window)
+        if readable and not protected and refusals.must_fail(live, tid, signal):
+            self._on_fault(live, 0, addr, tid)
+            return
+        self._refuse_now(live, flags, addr, tid, resolution, protected=protected)
+
+    def _refuse_now(
+        self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution, *, protected: bool
+    ) -> None:
+        signal, vma = resolution.signal, resolution.vma
+        assert signal is not None
+        waiting = bool(live.refused)
+        outcome = refusals.refuse(live, Address(addr), tid, signal, protected=protected)
+        if live.refused and not waiting:
+            self._take_back_later(live)
+        if outcome is Outcome.SERVED and addr in live.model.window:
+            live.region.model.count_served(vma)
+        elif outcome is Outcome.RETRY:
+            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
 
     def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
         """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""
@@ -302,7 +325,9 @@ class Lifetimes:
             region.family.make_or_reclaim(region.model.mm, copies)
         except OSError as error:
             log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
-            apply.answer_fault(live, Address(fault.addr), fault.tid, Deliver(Signal.SIGBUS, Address(fault.addr)))
+            refusal = Resolution(Deliver(Signal.SIGBUS, Address(fault.addr)), resolution.vma)
+            protected = isinstance(effect, Preserve)
+            self._refuse_now(live, fault.flags, fault.addr, fault.tid, refusal, protected=protected)
             return
         region.model.breaks += 1
         if isinstance(effect, Preserve):
@@ -311,14 +336,13 @@ class Lifetimes:
             region.model.count_served(resolution.vma)
             apply.wake(live, live.page_at(fault.addr))
 
-    def _take_back_after(self, live: LiveAttachment, deadline: float) -> None:
-        """Arm refused pages as before, once the system call has seen to fail."""
+    def _take_back_later(self, live: LiveAttachment) -> None:
+        """Take pages back once the system calls have seen to fail."""
         if live.model.id not in self._attachments:
             return
-        if time.monotonic() >= deadline:
-            apply.take_back(live)
+        refusals.take_back(live, time.monotonic())
         if live.refused:
-            self._pager.later(lambda: self._take_back_after(live, deadline))
+            self._pager.later(lambda: self._take_back_later(live))
 
     def _on_fork(self, parent: LiveAttachment, fd: int) -> None:
         """A child exists and waits in fork(): it has its parent's windows, armed as they are."""

@@ -20,9 +20,10 @@ from mshared.uffd import Uffd
 from msharefs.addr import Address, AddrRange
 from msharefs.armings import cut
 from msharefs.effects import Arm
+from msharefs.perms import PROT_RW
 from msharefs.readahead import Readahead
 from msharefs.region import Attachment, BackingKind, Region, Unshared
-from msharefs.vma import Arming, FileId
+from msharefs.vma import Arming, FileId, Vma
 
 
 @attrs.frozen
@@ -38,7 +39,8 @@ class LiveAttachment:
     """An attachment and its userfaultfd. ``anchor``, ``staged``: see ``protocol.Mapped``.
 
     ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
-    the userfaultfd ``sigbus`` has for the moment, to the same end. ``refusals`` counts touches that were not allowed.
+    the userfaultfd ``sigbus`` has for the moment, to the same end, and until when on the monotonic clock. ``refusals``
+    counts touches that were not allowed.
     ``distance`` is how far above the region's own addresses the window stands.
     """
 
@@ -49,7 +51,7 @@ class LiveAttachment:
     parent_pid: int | None = None
     poisoned: set[Address] = attrs.Factory(set)
     sigbus: Uffd | None = None
-    refused: set[Address] = attrs.Factory(set)
+    refused: dict[Address, float] = attrs.Factory(dict)
     refusals: int = 0
     staged: list[Staged] = attrs.Factory(list)
     distance: int = attrs.field(init=False)
@@ -155,6 +157,7 @@ class LiveRegion:
     unwritten: list[Unwritten] = attrs.Factory(list)
     written: trio.Event = attrs.Factory(trio.Event)
     reading: Reading = attrs.Factory(Reading)
+    poisoned: set[AddrRange] = attrs.Factory(set)
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
@@ -230,10 +233,25 @@ class LiveRegion:
         """Have pages for all that is mapped in ``ar``, where punching gives back no promise that nobody has used."""
         if self.backing.kind is not BackingKind.HUGETLB:
             return
-        for vma in self.model.mm.vmas.overlapping(ar):
+        for vma in filter(self._shows_zeros, self.model.mm.vmas.overlapping(ar)):
             part = vma.clipped(ar).ar.moved(-self.model.ar.start)
             with self.backing.duplicate() as fd:
-                await trio.to_thread.run_sync(hugetlb.allocate, fd, part, limiter=self.reading.limiter)
+                await trio.to_thread.run_sync(hugetlb.use_promises, fd, part, limiter=self.reading.limiter)
+
+    def out_of_sight(self, ar: AddrRange) -> list[AddrRange]:
+        """What is mapped in ``ar`` where a page of zeros would be seen, and wrong, before it is unmapped."""
+        return [vma.clipped(ar).ar for vma in self.model.mm.vmas.overlapping(ar) if not self._shows_zeros(vma)]
+
+    def _shows_zeros(self, vma: Vma) -> bool:
+        """Whether a page that nobody has made is zeros to whoever touches it."""
+        return vma.source is None and bool(vma.prot & PROT_RW) and not self.model.mm.rule.forked & Arming.MISSING
+
+    def give_back(self, ar: AddrRange) -> None:
+        """Give back the promises of what was mapped in ``ar`` and is a hole now."""
+        if self.backing.kind is BackingKind.HUGETLB:
+            for page in ar.moved(-self.model.ar.start).pieces(self.model.mm.page):
+                hugetlb.use_promises(self.backing.fd, page)
+                self.backing.punch(page)
 
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""

@@ -126,26 +126,30 @@ def would_miss(pid: int, tid: int, signal: Signal) -> bool:
     return any(int(fields.get(key, "0"), 16) & bit for key in ("SigBlk", "SigIgn"))
 
 
-def in_system_call(pid: int, tid: int) -> bool:
-    """Whether a thread that waits for a fault took it in a system call, on behalf of which the kernel touches memory.
+def in_system_call(pid: int, tid: int) -> bool | None:
+    """Whether a thread that waits for a fault took it where the kernel touches memory on its behalf.
 
-    One that does not sleep (yet) is looked at again a few times, and then taken to run in user mode.
+    So does a thread that is none of the process's: another process reads its memory, say. None when the thread does
+    not sleep, and so does not wait, after several looks. But one that has a signal to take would have left the fault
+    by now, had code of its own taken it; the kernel itself tries again without a sleep.
     """
+    task = _PROC / str(pid) / "task" / str(tid)
     for _ in range(_LOOKS):
         try:
-            first = (_PROC / str(pid) / "task" / str(tid) / "syscall").read_text().split()[0]
+            first = (task / "syscall").read_text().split()[0]
         except OSError:
-            return False
+            return True
         if first != "running":
             return int(first) >= 0
         os.sched_yield()
-    return False
+    return True if _has_signal(task) else None
 
 
-def is_pending(pid: int, tid: int, signal: Signal) -> bool:
-    """Whether a signal waits to be delivered to a thread."""
-    pending = status_fields(_PROC / str(pid) / "task" / str(tid)).get("SigPnd", "0")
-    return bool(int(pending, 16) & 1 << (signal - 1))
+def _has_signal(task: Path) -> bool:
+    """Whether a thread has a signal to take that it does not block."""
+    fields = status_fields(task)
+    pending, shared, blocked = (int(fields.get(key, "0"), 16) for key in ("SigPnd", "ShdPnd", "SigBlk"))
+    return bool((pending | shared) & ~blocked)
 
 
 def send_fault_signal(pid: int, tid: int, signal: Signal, addr: Address) -> None:

@@ -12,7 +12,7 @@ import attrs
 import trio
 
 from mshared import apply, donations
-from mshared.backing import BackingStore
+from mshared.backing import BackingStore, held
 from mshared.changes import Changes, Opened
 from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
@@ -21,6 +21,7 @@ from mshared.snapshots import Snapshots, Wish
 from mshared.tickets import Ticket, read_ticket
 from mshared.writeback import write_out
 from msharefs import dump, protocol
+from msharefs.addr import AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
     BadDescriptorError,
@@ -304,23 +305,24 @@ class Service:
         """Everything known about a region, brought up to date first."""
         self.lifetimes.sweep(region.attachments)
         self.lifetimes.forks.look()
-        facts = await self.refresh(region)
+        with region.backing.duplicate() as fd:
+            facts = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
+            await self._refresh(region, fd)
         return dump.region_stat(region.model, facts)
 
     async def maps(self, region: LiveRegion, request: protocol.GetMaps) -> Answer:
         """The VMAs of a region, as many as one packet takes."""
-        await self.refresh(region)
+        with region.backing.duplicate() as fd:
+            await self._refresh(region, fd)
         vmas = [vma for vma in dump.vmas(region.model) if request.after is None or vma.offset > request.after]
         count = protocol.fitting(vmas)
         return Answer(protocol.Maps(tuple(vmas[:count]), more=count < len(vmas)))
 
-    async def refresh(self, region: LiveRegion) -> dump.KernelFacts:
-        """Read what the kernel did on its own and bring the tables of native memory up to date."""
-        with region.backing.duplicate() as fd:
-            facts, present = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
-        huge = region.model.backing is not BackingKind.SMALL
-        region.model.mm.sync((ar.moved(region.model.ar.start) for ar in present), huge=huge)
-        return facts
+    async def _refresh(self, region: LiveRegion, fd: int) -> None:
+        """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
+        model, whole = region.model, AddrRange.sized(0, region.model.ar.size)
+        present = await trio.to_thread.run_sync(held, fd, whole, model.backing, region.uffd_device)
+        model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
         """The region behind one of the caller's attachments."""

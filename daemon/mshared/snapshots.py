@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 import trio
@@ -84,34 +84,44 @@ class Snapshots:
 
     async def fork(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
         """The twins, of one instant for all. Raises MshareError with none made."""
-        read_events = self._lifetimes.read_events
-        async with contextlib.AsyncExitStack() as stack:
-            for origin in sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id):
-                await stack.enter_async_context(origin.lock)
-            for wish in wishes:
-                if wish.origin.closed:
-                    raise NotFoundError("the region is gone")
-                self._namespace.check_fork(wish.origin.model, wish.name, wish.mode, who)
-                await flush(wish.origin, wish.origin.model.ar, read_events)
-            twins = self._fork_now(wishes, who)
-            with trio.CancelScope(shield=True):
+        origins = sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                for origin in origins:
+                    await stack.enter_async_context(origin.lock)
                 for wish in wishes:
-                    await write_out(wish.origin)
-            return twins
+                    self._check(wish, who)
+                    await flush(wish.origin, wish.origin.model.ar, self._lifetimes.read_events)
+                twins = self._fork_now(wishes, who)
+                with trio.CancelScope(shield=True):
+                    for origin in origins:
+                        await write_out(origin)
+                return twins
+        finally:
+            for origin in origins:
+                if not origin.attachments and not origin.closed:  # Who went meanwhile left that to us.
+                    self._lifetimes.settling.request(origin)
+
+    def _check(self, wish: Wish, who: Credentials) -> None:
+        if wish.origin.closed:
+            raise NotFoundError("the region is gone")
+        self._namespace.check_fork(wish.origin.model, wish.name, wish.mode, who)
 
     def _fork_now(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
         """Everything between two awaits."""
-        for wish in wishes:
-            self._shield(wish.origin)
         twins: list[LiveRegion] = []
-        try:
-            for wish in wishes:
-                twins.append(self._twin(wish, who))  # noqa: PERF401 - what is made must be known when one fails
-        except BaseException:
-            for twin in twins:
-                self._namespace.abandon(twin.model)
-                self._lifetimes.forget(twin)
-            raise
+        with _still([region for wish in wishes for region in wish.origin.family.regions.values()]):
+            try:
+                for origin in dict.fromkeys(wish.origin for wish in wishes):
+                    self._shield(origin)
+                for wish in wishes:
+                    self._check(wish, who)  # Again: while files were written, and for the one before, names were taken.
+                    twins.append(self._twin(wish, who))
+            except BaseException:
+                for twin in twins:
+                    self._namespace.abandon(twin.model)
+                    self._lifetimes.forget(twin)
+                raise
         return twins
 
     def _shield(self, origin: LiveRegion) -> None:
@@ -145,6 +155,19 @@ class Snapshots:
             self._lifetimes.forget(twin)
             raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
         return twin
+
+
+@contextlib.contextmanager
+def _still(regions: Iterable[LiveRegion]) -> Iterator[None]:
+    """Answer no fault of some regions, whatever is read meanwhile because the kernel wants that."""
+    found = set(regions)
+    for region in found:
+        region.changing = True
+    try:
+        yield
+    finally:
+        for region in found:
+            region.changing = False
 
 
 def _copy_hidden(origin: LiveRegion, twin: LiveRegion) -> None:

@@ -7,15 +7,22 @@ import ctypes
 import enum
 import errno
 import fcntl
+import logging
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from mshared import libc
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
+from msharefs.errors import InternalError
 from msharefs.vma import Arming
+
+log = logging.getLogger(__name__)
+
+_MOST_TRIES: Final = 10_000
 
 DEVICE: Final = "/dev/userfaultfd"
 WANTED: Final = (
@@ -65,6 +72,28 @@ def classify(error: OSError) -> Outcome:
     return outcome
 
 
+def attempt(whose: object, ioctl: Callable[[], None]) -> Outcome:
+    """Run an ioctl on a client's address space; what it came to. ``whose`` stands in the log."""
+    try:
+        ioctl()
+    except OSError as error:
+        outcome = classify(error)
+        if outcome in (Outcome.GONE, Outcome.UNMAPPED):
+            log.debug("%s: %s (%s)", whose, outcome.value, error.strerror)
+        return outcome
+    return Outcome.SERVED
+
+
+def insist(whose: object, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
+    """The same; while the address space is being forked the kernel wants that to be read first."""
+    for _ in range(_MOST_TRIES):
+        outcome = attempt(whose, ioctl)
+        if outcome is not Outcome.RETRY:
+            return outcome
+        read_events()
+    raise InternalError(f"{whose}: the kernel asks to wait for ever")
+
+
 class Uffd:
     """A userfaultfd of some process. Owns the descriptor."""
 
@@ -104,7 +133,20 @@ class Uffd:
         """UFFDIO_UNREGISTER: faults of ``ar`` are the kernel's again."""
         fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
 
-    def _register(self, ar: AddrRange, arming: Arming) -> None:
+    def hand_over(self, ar: AddrRange, taker: Uffd, arming: Arming) -> None:
+        """Have another userfaultfd report these faults of ``ar`` from now on. Wakes nobody.
+
+        What is protected stays so, and for an instant allows stores: nobody has it. That is why WP and MISSING go
+        first: a range registered for them is laid bare, and its waiters woken, when it is let go.
+        """
+        self._register(ar, abi.Mode.MINOR)
+        self.unmark(ar)
+        taker._register(ar, arming)
+        if arming & Arming.WP:
+            with contextlib.suppress(BlockingIOError):  # A fork is under way; protected it is, unless it was stored to.
+                taker.write_protect(ar)
+
+    def _register(self, ar: AddrRange, arming: Arming | abi.Mode) -> None:
         fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, int(arming), 0))
 
     def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
@@ -150,17 +192,28 @@ class Uffd:
     def poison(self, ar: AddrRange) -> None:
         """UFFDIO_POISON: the thread gets a SIGBUS that it cannot block, or its system call EFAULT; so do later ones.
 
-        A SIGBUS leaves a line in dmesg.
+        A SIGBUS leaves a line in dmesg. Raises FileExistsError where anything is: a page, a mark, or the mark by which
+        a page that is to come is protected.
         """
         fcntl.ioctl(self.fd, abi.UFFDIO_POISON, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
 
-    def unpoison(self, ar: AddrRange) -> None:
-        """Put what the file has at one page, or zeros, in the place of a poison mark. Raises OSError."""
-        request = abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0)
+    def unprotect_empty(self, ar: AddrRange) -> None:
+        """Take away the marks by which pages that are to come are protected; who waits goes on waiting."""
+        mode = abi.WRITEPROTECT_MODE_DONTWAKE
+        fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
+
+    def show(self, ar: AddrRange, *, protected: bool) -> None:
+        """Put the page that the file has in the place of a poison mark. Raises FileNotFoundError where it has none.
+
+        Only what is registered for something takes pages.
+        """
+        mode = abi.CONTINUE_MODE_WP if protected else 0
         try:
-            fcntl.ioctl(self.fd, abi.UFFDIO_CONTINUE, request)
-        except OSError:  # The file has no page there.
-            self.zero(ar, protected=False)
+            fcntl.ioctl(self.fd, abi.UFFDIO_CONTINUE, abi.FILL_STRUCT.pack(ar.start, ar.size, mode, 0))
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise FileNotFoundError(errno.ENOENT, "the file has no page there") from error
+            raise
 
     def is_alive(self) -> bool:
         """Whether its address space still exists: neither ended nor replaced by exec.

@@ -70,11 +70,11 @@ class Settling:
         self._send, self._receive = trio.open_memory_channel[LiveRegion](math.inf)
 
     def request(self, region: LiveRegion) -> None:
-        """Do so for a region, at once if there is nothing to write."""
+        """Do so for a region, at once if there is nothing to write. Who holds its lock is to ask again in the end."""
         if region.model.mm.dirty(region.model.ar) or region.unwritten:
             region.written = trio.Event()
             self._send.send_nowait(region)
-        elif region.ended and region.written.is_set():
+        elif region.ended and region.written.is_set() and not region.lock.locked():
             region.close()
 
     async def run(self) -> None:

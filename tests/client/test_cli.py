@@ -18,7 +18,7 @@ from mshare.cli import cli as group
 from mshare.cli import place
 from msharefs.errors import NotFoundError
 
-COMMANDS = ["create", "doctor", "down", "ls", "maps", "rm", "stat", "unlink", "up"]
+COMMANDS = ["create", "doctor", "down", "fork", "ls", "maps", "rm", "stat", "unlink", "up"]
 READING = ["doctor", "ls", "maps", "stat"]
 
 
@@ -60,6 +60,8 @@ def test_it_tells_its_version() -> None:
         ("create", "x", "--size", "2M", "--mode", "888"),
         ("create", "x", "--size", "2M", "--mode", "1777"),
         ("create", "x", "--size", "2M", "--backing", "paper"),
+        ("fork", "x"),
+        ("fork", "x", "y", "--mode", "1777"),
         ("up", "--backing", "thp"),
         ("down", "--timeout", "-1"),
     ],

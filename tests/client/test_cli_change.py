@@ -1,14 +1,17 @@
-"""mshare create, unlink and rm against a real daemon."""
+"""mshare create, fork, unlink and rm against a real daemon."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mshare import inspect
+from mshare.cli import change
 from msharefs.protocol import RegionName
 
 NOBODY = 65534
@@ -91,6 +94,60 @@ def test_memory_of_the_command_itself_is_not_donated(cli: Mshare, regions: Regio
 def test_the_daemon_has_the_last_word(cli: Mshare, name: str, arguments: tuple[str, ...], said: str) -> None:
     error = cli("create", name, *arguments).error
     assert said in error or "length" in error
+
+
+def test_fork_makes_a_region_of_what_another_is(
+    cli: Mshare, client: Callable[..., Any], regions: Regions, name: str
+) -> None:
+    """Where it lies, for whoever asks, and attached to nobody."""
+    attached, new = client(), f"{name}-new"
+    attached.do(f"r = mshare.mshare({name!r}, 0x224000000000, 4 << 20, CREATE, 0o644); r.buf[:5] = b'hello'")
+    assert cli("fork", name, new, uid=NOBODY).lines == [f"{new}  0x224000000000  4194304 (4 MiB)"]
+    made = regions()[new]
+    assert (made.address, made.size, made.attached, made.mode, made.uid) == (0x224000000000, 4 << 20, 0, 0o600, NOBODY)
+    attached.do(f"r.buf[:5] = b'later'; s = mshare.mshare({new!r}, 0x600000000000, 0, RO)")
+    assert attached.ask("bytes(s.buf[:5]).decode()") == "hello"
+
+
+def test_a_region_that_lies_where_the_command_does_is_attached_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie anywhere; any other refusal stands."""
+    asked, errors = [], [OSError(errno.EINVAL, "in use")]
+
+    def attach(name: str, addr: int | None, *_: object, **__: object) -> str:
+        asked.append(addr)
+        if errors:
+            raise errors.pop()
+        return name
+
+    monkeypatch.setattr(change.mshare, "mshare", attach)
+    assert change._attached_somewhere("it", Path("/mount")) == "it"  # type: ignore[comparison-overlap]
+    assert asked == [None, 0x4000_0000_0000]
+    errors.append(PermissionError(errno.EACCES, "no"))
+    with pytest.raises(PermissionError):
+        change._attached_somewhere("it", Path("/mount"))
+
+
+def test_fork_takes_a_mode(cli: Mshare, regions: Regions, name: str) -> None:
+    cli("create", name, "--size", "2M")
+    before = os.umask(0o027)
+    try:
+        cli("fork", name, f"{name}-new", "--mode", "666")
+    finally:
+        os.umask(before)
+    assert regions()[f"{name}-new"].mode == 0o640
+
+
+def test_fork_to_a_name_that_is_taken_or_cannot_be(cli: Mshare, name: str) -> None:
+    cli("create", name, "--size", "2M")
+    assert cli("fork", name, name).error == f"region '{name}' exists; `mshare rm` takes it away"
+    assert "a/b" in cli("fork", name, "a/b").error
+
+
+def test_fork_of_what_is_not_there_or_not_readable(cli: Mshare, regions: Regions, name: str) -> None:
+    assert cli("fork", "nothing", name).error.startswith("no region is named 'nothing'; `mshare ls` lists them")
+    cli("create", name, "--size", "2M")
+    assert "mode of region" in cli("fork", name, f"{name}-new", uid=NOBODY).error
+    assert f"{name}-new" not in regions()
 
 
 def test_unlink_ends_an_orphan(cli: Mshare, regions: Regions, name: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from msharefs.addr import PAGE_SIZE, AddrRange
-from msharefs.armings import Armed, changes, cut, page_within, united
+from msharefs.addr import PAGE_SIZE, AddrRange, united
+from msharefs.armings import Armed, changes, cut, page_within
 from msharefs.vma import Arming
 
 NATIVE, MISSING, WP = Arming.NATIVE, Arming.MISSING, Arming.WP

@@ -4,78 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+from fake_kernel import ELSEWHERE, TID, World, calls, fail, pages
 
-from mshared import apply, processes
-from mshared.backing import MemfdStore, extents
-from mshared.live import LiveAttachment, LiveRegion
+from mshared import apply
+from mshared.backing import extents
+from mshared.live import LiveAttachment
 from mshared.uffd import Outcome
-from msharefs.addr import PAGE_SIZE, PMD_SIZE, WINDOW_START, Address, AddrRange
+from msharefs.addr import PAGE_SIZE, WINDOW_START, Address, AddrRange
 from msharefs.effects import Allow, Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, ZeroFill
 from msharefs.errors import InternalError
-from msharefs.namespace import Namespace, Policy
-from msharefs.perms import Credentials, Ownership, Prot
-from msharefs.region import BackingKind
+from msharefs.perms import Prot
 from msharefs.vma import Arming
-
-ELSEWHERE = Address(0x5600_0000_0000)
-PID, TID = 4321, 4322
-
-
-class FakeUffd:
-    """Notes ioctls, and fails as it is told to: by the name of the call, one errno after the other."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.errors: dict[str, list[int]] = {}
-
-    def arm(self, ar: AddrRange, arming: Arming) -> None:
-        self._note("arm", ar, arming)
-
-    def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
-        self._note("protect" if protect else "unprotect", ar)
-
-    def zero(self, ar: AddrRange, *, protected: bool) -> None:
-        self._note("zero", ar, protected)
-
-    def wake(self, ar: AddrRange) -> None:
-        self._note("wake", ar)
-
-    def poison(self, ar: AddrRange) -> None:
-        self._note("poison", ar)
-
-    def unpoison(self, ar: AddrRange) -> None:
-        self._note("unpoison", ar)
-
-    def _note(self, name: str, *args: object) -> None:
-        if self.errors.get(name):
-            number = self.errors[name].pop(0)
-            raise OSError(number, os.strerror(number))
-        self.calls.append((name, *args))
-
-
-class World:
-    """A region of this process's own memory, and attachments whose userfaultfds only note."""
-
-    def __init__(self) -> None:
-        self.namespace = Namespace(Ownership(0, 0, 0o777), Policy())
-        model = self.namespace.create("it", None, PMD_SIZE, 0o600, BackingKind.SMALL, Credentials(0, 0))
-        backing = MemfdStore().create(model.id, BackingKind.SMALL, PMD_SIZE)
-        self.region = LiveRegion(model, backing, None)
-
-    def attach(self, at: Address = WINDOW_START, *, pid: int | None = PID, readonly: bool = False) -> LiveAttachment:
-        model = self.namespace.attach(self.region.model, at, pid, readonly=readonly)
-        uffd: Any = FakeUffd()
-        live = LiveAttachment(model, self.region, uffd, Address(0))
-        self.region.attachments.append(live)
-        return live
-
-    def carry_out(self, *effects: Effect, read_events: Callable[[], None] = lambda: None) -> None:
-        apply.carry_out(self.region, effects, read_events)
 
 
 @pytest.fixture
@@ -83,20 +25,6 @@ def world() -> Iterator[World]:
     world = World()
     yield world
     world.region.close()
-
-
-def pages(first: int, count: int = 1, *, at: int = WINDOW_START) -> AddrRange:
-    return AddrRange.sized(at + first * PAGE_SIZE, count * PAGE_SIZE)
-
-
-def calls(attachment: LiveAttachment) -> list[tuple[Any, ...]]:
-    uffd: Any = attachment.uffd
-    return list(uffd.calls)
-
-
-def fail(attachment: LiveAttachment, call: str, *numbers: int) -> None:
-    uffd: Any = attachment.uffd
-    uffd.errors[call] = list(numbers)
 
 
 class TestArmNew:
@@ -179,7 +107,7 @@ class TestArm:
 
     def test_a_kernel_that_asks_for_ever_is_our_mistake(self, world: World) -> None:
         fail(world.attach(), "arm", *[errno.EAGAIN] * 20_000)
-        with pytest.raises(InternalError, match="region it pid 4321 cannot be armed"):
+        with pytest.raises(InternalError, match="region it pid 4321: the kernel asks to wait for ever"):
             world.carry_out(Arm(pages(2), Arming.WP))
 
     def test_an_attachment_that_ends_meanwhile_is_none_any_more(self, world: World) -> None:
@@ -303,122 +231,3 @@ def test_a_store_is_allowed_to_one_page(world: World) -> None:
     attachment = world.attach()
     assert apply.answer_fault(attachment, Address(WINDOW_START + 3), TID, Allow(pages(0))) is Outcome.SERVED
     assert calls(attachment) == [("unprotect", pages(0))]
-
-
-class Threads:
-    """What /proc says of the thread that waits, and what is sent to it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.in_system_call = self.blocks = self.pending = self.gone = False
-        self.sent: list[tuple[int, ...]] = []
-        self.killed: list[tuple[int, int]] = []
-        self.process: int | None = PID
-        monkeypatch.setattr(processes, "process_of_thread", lambda _tid: self.process)
-        monkeypatch.setattr(processes, "thread_seen_from_here", lambda _pid, tid: tid + 1000)
-        monkeypatch.setattr(processes, "in_system_call", lambda *_args: self.in_system_call)
-        monkeypatch.setattr(processes, "is_pending", lambda *_args: self.pending)
-        monkeypatch.setattr(processes, "would_miss", lambda *_args: self.blocks)
-        monkeypatch.setattr(processes, "send_fault_signal", self.send)
-        monkeypatch.setattr(apply.os, "kill", self.kill)
-
-    def send(self, pid: int, tid: int, number: int, addr: int) -> None:
-        if self.gone:
-            raise ProcessLookupError(errno.ESRCH, "gone")
-        self.sent.append((pid, tid, number, addr))
-
-    def kill(self, pid: int, number: int) -> None:
-        if self.gone:
-            raise ProcessLookupError(errno.ESRCH, "gone")
-        self.killed.append((pid, number))
-
-
-class TestDeliver:
-    """A signal for the thread that touched what it may not."""
-
-    ADDR = Address(ELSEWHERE + 5 * PAGE_SIZE + 9)
-    PAGE = pages(5, at=ELSEWHERE)
-
-    @pytest.fixture
-    def threads(self, monkeypatch: pytest.MonkeyPatch) -> Threads:
-        return Threads(monkeypatch)
-
-    def deliver(self, attachment: LiveAttachment, number: Signal = Signal.SIGBUS) -> Outcome:
-        return apply.answer_fault(attachment, self.ADDR, TID, Deliver(number, pages(5).start))
-
-    @pytest.mark.parametrize("number", [Signal.SIGBUS, Signal.SIGSEGV])
-    def test_it_carries_the_address_that_the_thread_knows(self, world: World, threads: Threads, number: Signal) -> None:
-        attachment = world.attach(ELSEWHERE)
-        assert self.deliver(attachment, number) is Outcome.SERVED
-        assert threads.sent == [(PID, TID + 1000, number, self.ADDR)]
-        assert calls(attachment) == []
-
-    def test_a_child_not_told_apart_yet_is_found_by_its_thread(self, world: World, threads: Threads) -> None:
-        threads.process = 99
-        assert self.deliver(world.attach(ELSEWHERE, pid=None)) is Outcome.SERVED
-        assert threads.sent == [(99, TID + 1000, Signal.SIGBUS, self.ADDR)]
-
-    def test_one_that_is_gone_gets_nothing(self, world: World, threads: Threads) -> None:
-        threads.process = None
-        assert self.deliver(world.attach(ELSEWHERE, pid=None)) is Outcome.GONE
-        threads.gone = True
-        assert self.deliver(world.attach(ELSEWHERE)) is Outcome.GONE
-        assert threads.sent == []
-
-    def test_who_blocks_it_is_poisoned(self, world: World, threads: Threads) -> None:
-        threads.blocks = True
-        attachment = world.attach(ELSEWHERE)
-        assert self.deliver(attachment) is Outcome.SERVED
-        assert calls(attachment) == [("poison", self.PAGE)]
-        assert attachment.poisoned == {self.PAGE.start}
-        assert threads.sent == []
-
-    def test_a_system_call_fails(self, world: World, threads: Threads) -> None:
-        threads.in_system_call = True
-        attachment = world.attach(ELSEWHERE)
-        assert self.deliver(attachment) is Outcome.SERVED
-        assert calls(attachment) == [("poison", self.PAGE)]
-        assert attachment.poisoned == {self.PAGE.start}
-        assert threads.sent == []
-
-    def test_one_that_stores_to_a_page_that_is_there_gets_the_signal_and_then_ends(
-        self, world: World, threads: Threads
-    ) -> None:
-        """What is there cannot be poisoned, and no signal ends a fault inside a system call but SIGKILL."""
-        threads.in_system_call = True
-        attachment = world.attach(ELSEWHERE)
-        fail(attachment, "poison", errno.EEXIST, errno.EEXIST)
-        assert self.deliver(attachment, Signal.SIGSEGV) is Outcome.SERVED
-        assert threads.sent == [(PID, TID + 1000, Signal.SIGSEGV, self.ADDR)]
-        threads.pending = True
-        assert self.deliver(attachment, Signal.SIGSEGV) is Outcome.SERVED
-        assert threads.killed == [(PID, signal.SIGKILL)]
-        assert attachment.poisoned == set()
-
-    def test_one_that_is_gone_before_it_can_be_killed(self, world: World, threads: Threads) -> None:
-        threads.pending = threads.gone = True
-        attachment = world.attach(ELSEWHERE)
-        fail(attachment, "poison", errno.EEXIST)
-        assert self.deliver(attachment) is Outcome.GONE
-
-
-class TestUnpoison:
-    """Marks that made system calls fail go when the page may be touched."""
-
-    def test_when_the_page_may_be_touched_from_now_on(self, world: World) -> None:
-        mm = world.region.model.mm
-        attachment = world.attach(ELSEWHERE)
-        mm.munmap(pages(3))
-        mm.munmap(pages(8))
-        attachment.poisoned |= {pages(3, at=ELSEWHERE).start, pages(8, at=ELSEWHERE).start}
-        _, effects = mm.mmap(pages(3), PAGE_SIZE, fixed=True)
-        world.carry_out(*effects)
-        assert calls(attachment)[0] == ("unpoison", pages(3, at=ELSEWHERE))
-        assert attachment.poisoned == {pages(8, at=ELSEWHERE).start}
-
-    def test_not_when_it_becomes_another_kind_of_forbidden(self, world: World) -> None:
-        mm = world.region.model.mm
-        attachment = world.attach()
-        attachment.poisoned.add(pages(3).start)
-        world.carry_out(*mm.munmap(pages(3)))
-        assert "unpoison" not in [name for name, *_ in calls(attachment)]
-        assert attachment.poisoned == {pages(3).start}

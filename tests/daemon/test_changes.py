@@ -106,7 +106,8 @@ class World:
         trio.run(self.changes.mprotect, live or self.mine, request)
 
     def madvise(self, first: int, count: int, advice: int) -> None:
-        trio.run(self.changes.madvise, self.mine, protocol.Madvise(NUMBER, first * PAGE_SIZE, count * PAGE_SIZE, advice))
+        request = protocol.Madvise(NUMBER, first * PAGE_SIZE, count * PAGE_SIZE, advice)
+        trio.run(self.changes.madvise, self.mine, request)
 
     def held(self) -> list[int]:
         return [page.start // PAGE_SIZE for ar in extents(self.region.backing.fd) for page in ar.pieces(PAGE_SIZE)]
@@ -336,7 +337,7 @@ class TestMadvise:
         world.mprotect(5, 1, 0)
         world.madvise(3, 2, 22)
         for first, count, advice in ((3, 2, 23), (3, 3, 22), (5, 1, 22)):
-            with pytest.raises(AccessDeniedError, match="mprotect it first"):
+            with pytest.raises(InvalidArgumentError, match="mprotect it first"):
                 world.madvise(first, count, advice)
 
 

@@ -190,6 +190,60 @@ class TestThreads:
         sock.send(b".")
 
 
+class TestInSystemCall:
+    """Where a thread that waits stands."""
+
+    def test_one_that_sleeps_in_a_call(self, other_process: Other, eventually: Callable[..., None]) -> None:
+        pid, sock = other_process(stay)
+        assert sock.recv(4) == b"here"
+        eventually(lambda: processes.in_system_call(pid, pid) is True)
+
+    def test_one_that_runs_does_not_wait(self, other_process: Other) -> None:
+        def run(sock: socket.socket) -> None:
+            sock.send(b"here")
+            while True:
+                pass
+
+        pid, sock = other_process(run)
+        assert sock.recv(4) == b"here"
+        assert processes.in_system_call(pid, pid) is None
+
+    @pytest.mark.parametrize(
+        ("pending", "shared", "blocked", "expected"),
+        [(0, 0, 0, None), (1 << 9, 0, 0, True), (0, 1 << 9, 1, True), (1 << 9, 0, 1 << 9, None)],
+    )
+    def test_one_that_runs_although_it_has_a_signal_to_take_is_in_the_kernel(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        pending: int,
+        shared: int,
+        blocked: int,
+        *,
+        expected: bool | None,
+    ) -> None:
+        """Code of its own would have taken the signal first."""
+        task = tmp_path / "7" / "task" / "8"
+        task.mkdir(parents=True)
+        (task / "syscall").write_text("running\n")
+        (task / "status").write_text(f"SigPnd:\t{pending:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n")
+        monkeypatch.setattr(processes, "_PROC", tmp_path)
+        assert processes.in_system_call(7, 8) is expected
+
+    def test_one_that_waits_in_code_of_its_own(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        task = tmp_path / "7" / "task" / "8"
+        task.mkdir(parents=True)
+        (task / "syscall").write_text("-1 0x7ffc 0x7f3a\n")
+        monkeypatch.setattr(processes, "_PROC", tmp_path)
+        assert processes.in_system_call(7, 8) is False
+
+    def test_a_thread_of_another_process_is(self, other_process: Other) -> None:
+        """It reads the memory of the first by a call, whatever it does now."""
+        pid, sock = other_process(stay)
+        assert sock.recv(4) == b"here"
+        assert processes.in_system_call(pid, os.getpid()) is True
+
+
 class TestWouldMiss:
     """Signals that a thread would not notice."""
 

@@ -321,7 +321,9 @@ def test_marks_of_neighbours_show_as_one_mapping(apart: Apart) -> None:
     apart(work)
 
 
-def test_poison_is_a_sigbus_that_cannot_be_blocked(status_of: Callable[[Callable[[], object]], int]) -> None:
+@pytest.fixture
+def poison() -> abi.Feature:
+    """Features with poison among them."""
     probe = uffd.new(None)
     try:
         probe.open_api(uffd.WANTED | abi.Feature.POISON)
@@ -329,9 +331,14 @@ def test_poison_is_a_sigbus_that_cannot_be_blocked(status_of: Callable[[Callable
         pytest.skip("no UFFD_FEATURE_POISON: Linux 6.6 has it")
     finally:
         probe.close()
+    return uffd.WANTED | abi.Feature.POISON
 
+
+def test_poison_is_a_sigbus_that_cannot_be_blocked(
+    status_of: Callable[[Callable[[], object]], int], poison: abi.Feature
+) -> None:
     def work() -> None:
-        memory = Memory(features=uffd.WANTED | abi.Feature.POISON)
+        memory = Memory(features=poison)
         memory.uffd.arm(memory.ar, Arming.MISSING)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])
         thread = memory.start_store(1)
@@ -340,6 +347,87 @@ def test_poison_is_a_sigbus_that_cannot_be_blocked(status_of: Callable[[Callable
         thread.join()
 
     assert status_of(work) == -signal.SIGBUS
+
+
+def test_what_is_to_come_protected_is_poisoned_only_after_that_was_taken_away(
+    apart: Apart, poison: abi.Feature
+) -> None:
+    """Who waits goes on waiting meanwhile."""
+
+    def work() -> None:
+        memory = Memory(features=poison)
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP)
+        thread = memory.start_load()
+        memory.message()
+        with pytest.raises(FileExistsError):
+            memory.uffd.poison(memory.page(0))
+        memory.uffd.unprotect_empty(memory.page(0))
+        assert memory.uffd.read(1) == b""
+        assert thread.is_alive()
+        assert os.fstat(memory.file).st_blocks == 0
+        memory.uffd.zero(memory.page(0), protected=True)
+        thread.join()
+
+    apart(work)
+
+
+def test_a_page_takes_the_place_of_poison(apart: Apart, poison: abi.Feature) -> None:
+    """Protected as it is to be; where the file has none, the mark stays."""
+
+    def work() -> None:
+        memory = Memory(features=poison)
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP)
+        for number in (0, 1):
+            memory.uffd.unprotect_empty(memory.page(number))
+            memory.uffd.poison(memory.page(number))
+        os.pwrite(memory.file, b"\7", 0)
+        memory.uffd.show(memory.page(0), protected=True)
+        memory.start_load().join()
+        thread = memory.start_store(9)
+        assert memory.message()[0] & abi.FLAG_WP
+        assert memory.byte() == 7
+        memory.uffd.write_protect(memory.page(0), protect=False)
+        thread.join()
+        assert memory.byte() == 9
+        with pytest.raises(FileNotFoundError):
+            memory.uffd.show(memory.page(1), protected=True)
+        with pytest.raises(FileExistsError):
+            memory.uffd.poison(memory.page(1))
+
+    apart(work)
+
+
+def test_a_page_that_changes_hands_stays_protected_and_who_waits_goes_on_waiting(apart: Apart) -> None:
+    def work() -> None:
+        memory, taker = Memory(), uffd.new(None)
+        taker.open_api(uffd.WANTED)
+        os.pwrite(memory.file, b"\7", 0)
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP)
+        thread = memory.start_store(9)
+        memory.message()
+        giver = memory.uffd
+        giver.hand_over(memory.page(0), taker, Arming.WP)
+        memory.uffd = taker
+        assert not select.select([taker.fd], [], [], 0)[0]
+        giver.wake(memory.page(0))
+        assert memory.message()[:2] == (abi.FLAG_WRITE | abi.FLAG_WP, memory.ar.start)
+        assert memory.byte() == 7
+        taker.write_protect(memory.page(0), protect=False)
+        thread.join()
+
+    apart(work)
+
+
+def test_whoever_is_asked_to_wait_reads_events_first() -> None:
+    tries: list[str] = []
+
+    def ioctl() -> None:
+        tries.append("try")
+        if len(tries) < 4:
+            raise BlockingIOError(errno.EAGAIN, "wait")
+
+    assert uffd.insist("it", ioctl, lambda: tries.append("read")) is Outcome.SERVED
+    assert tries == ["try", "read", "try", "read", "try"]
 
 
 def test_the_api_is_opened_once() -> None:

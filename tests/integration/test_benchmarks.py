@@ -22,6 +22,7 @@ TINY = {
     "changes": "changes.Plan((1, 3), (2 * MIB, 4 * MIB), 1)",
     "faults": "faults.Plan(16, (1, 2), 2 * MIB, 1)",
     "control": "control.Plan(3, 1)",
+    "snapshots": "snapshots.Plan(4 << 20, 2, 1)",
 }
 RUN = """
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 import attrs
 from benchmarks import groups, suite
 from benchmarks.daemon import stop_cleanly_on_signals
-from benchmarks.groups import ALL, attach, changes, control, faults, growth, scaling, touch
+from benchmarks.groups import ALL, attach, changes, control, faults, growth, scaling, snapshots, touch
 from benchmarks.machine import GIB, MIB
 
 if __name__ == "__main__":

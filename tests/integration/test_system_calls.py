@@ -1,7 +1,6 @@
 """System calls that are given a region's memory: what they move, and how they fail, is as with the kernel's own memory.
 
-The same calls are made on a region and on plain memory that is mapped alike. Calls that store to what may only be read
-stand in ``test_faults``.
+The same calls are made on a region and on plain memory that is mapped alike.
 """
 
 from __future__ import annotations
@@ -326,3 +325,120 @@ def test_a_page_that_failed_a_call_is_good_again_once_mapped(pair: tuple[Client,
     assert b.ask("os.read(done[0], 100).decode()") == "(10, 8192)"
     for c in pair:
         assert c.ask("(sum(r.buf[MIB : MIB + 8192]), r.buf[3 * MIB : 3 * MIB + 8192] == b'hide' * 2048)") == [0, True]
+
+
+def test_threads_that_fail_together_live(pair: tuple[Client, Client]) -> None:
+    """Threads that give the same hole, or memory without access, to calls at once: EFAULT for each, and no signal."""
+    a, _ = pair
+    a.do("""
+        said, together = [], threading.Barrier(3)
+        def work():
+            for page in range(250):
+                for part in (3, 4):
+                    together.wait(); said.append(stores["read"](base + part * MIB + page * PAGE, 10))
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        """)
+    assert a.ask("list(set(said))") == [REFUSED]
+
+
+def test_stores_to_what_may_only_be_read_fail(pair: tuple[Client, Client]) -> None:
+    """Each, on pages touched and not; the bytes stay."""
+    a, _ = pair
+    spots = [(2 * MIB + page * PAGE, 10) for page in range(100)]
+    a.do("for page in range(0, 100, 2): r.buf[2 * MIB + page * PAGE]")
+    assert {outcome for _, _, outcome in a.ask(f"outcomes(stores, base, {spots})")} == {REFUSED}
+    assert a.ask("sum(r.buf[2 * MIB : 3 * MIB])") == 0
+
+
+def test_a_refused_store_leaves_the_files_bytes(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    a.do("r.mprotect(5 * MIB, 2 * MIB, 1)")
+    spots = [(part * MIB + 40 * PAGE, 10) for part in (5, 6)]
+    assert {outcome for _, _, outcome in a.ask(f"outcomes(stores, base, {spots})")} == {REFUSED}
+    for part in (5, 6):
+        assert b.ask(f"r.buf[{part} * MIB : {part + 1} * MIB] == open(directory + '/mapped', 'rb').read()[:MIB]")
+
+
+def test_past_the_end_of_a_file_nothing_appears(pair: tuple[Client, Client], mapped: Path) -> None:
+    """Calls fail there; when the file grows, its bytes are there."""
+    a, b = pair
+    os.truncate(mapped, PAGE)
+    a.do("r.munmap(5 * MIB, 2 * MIB)\nwith_files(lambda at, shared, fd: r.mmap(MIB, flags=shared, offset=at, fd=fd))")
+    for part in (5, 6):
+        assert a.ask(f"loads['write'](base + {part} * MIB + 8 * PAGE, 10)") == REFUSED
+    a.do("r.mmap(PAGE, offset=7 * MIB)")
+    assert [b.ask(f"fork('r.buf[{part} * MIB + 8 * PAGE]')") for part in (5, 6)] == [-7, -7]
+    with mapped.open("ab") as file:
+        file.write(b"g" * 15 * PAGE)
+    assert [b.ask(f"r.buf[{part} * MIB + 8 * PAGE]") for part in (5, 6)] == [ord("g")] * 2
+
+
+def test_a_file_mapped_where_a_call_failed_shows_its_bytes(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    assert [a.ask(f"loads['write'](base + {part} * MIB, 10)") for part in (1, 4)] == [REFUSED] * 2
+    a.do("def show(fd): r.mmap(MIB, flags=1, offset=MIB, fd=fd); r.mmap(MIB, flags=2, offset=4 * MIB, fd=fd)")
+    a.do("with_file(show, name='mapped')")
+    for c in (b, a):
+        for part in (1, 4):
+            assert c.ask(f"r.buf[{part} * MIB : {part + 1} * MIB] == open(directory + '/mapped', 'rb').read()[:MIB]")
+
+
+def test_a_process_that_is_not_attached_meets_what_it_may_not_touch(
+    pair: tuple[Client, Client], start: Callable[[], Client]
+) -> None:
+    """It gets EFAULT or less than it asked for; nobody gets a signal."""
+    a, debugger = pair[0], start()
+    debugger.do(f"def peek(at): return between('process_vm_readv', {a.ask('base')} + at, 8192, {a.pid})[0]")
+    debugger.do(f"def poke(at): return between('process_vm_writev', {a.ask('base')} + at, 8192, {a.pid})[0]")
+    assert debugger.ask("[peek(at) for at in (MIB, MIB - PAGE, 3 * MIB + PAGE)]") == [REFUSED, PAGE, REFUSED]
+    assert debugger.ask("[poke(at) for at in (MIB, 2 * MIB, 3 * MIB)]") == [REFUSED] * 3
+    assert a.is_alive()
+
+
+@pytest.mark.parametrize("store", ["futex", "direct pread", "process_vm_writev"])
+def test_a_forked_childs_call_on_read_only_memory_ends(pair: tuple[Client, Client], store: str) -> None:
+    """By a failure, or by the end of the child."""
+    a, _ = pair
+    a.do("r.buf[2 * MIB]")
+    assert a.ask(f"fork('{{**loads, **stores}}[\"{store}\"](base + 2 * MIB, 10)')") in (0, -9, -11)
+
+
+def test_a_file_is_written_from_memory_that_must_be_paged_while_it_is_written_back(
+    pair: tuple[Client, Client], start: Callable[[], Client], name: str
+) -> None:
+    """write(2) holds the file while it waits for the daemon, and the daemon writes to the file: nobody waits for ever."""
+    a, last = pair[0], start()
+    last.do(f"q = mshare.mshare({name!r} + 'q', None, 2 * MIB, CREATE, empty=True)")
+    a.do("def show(at, flags, fd): flags == 1 and r.mmap(MIB, flags=1, offset=at, fd=fd)")
+    for _ in range(10):
+        last.do("with_file(lambda fd: q.mmap(2 * MIB, flags=0x11, offset=0, fd=fd)); q.buf[::PAGE] = b'x' * 512")
+        last.do(f"q2 = mshare.mshare({name!r} + 'q', 0x7000_0000_0000, 0, RW); q.detach(); q = q2")
+        a.do("r.munmap(5 * MIB, MIB); with_files(show)")
+        a.send(ask="with_file(lambda fd: call('pwrite64', fd, base + 5 * MIB, MIB, 0))")
+        last.do(f"q.detach(); q = mshare.mshare({name!r} + 'q', None, 0, RW)")
+        assert a.receive() == MIB
+
+
+def test_calls_go_on_while_others_change_the_layout(pair: tuple[Client, Client]) -> None:
+    """No call on what stays mapped fails or is short, whatever happens beside it."""
+    a, b = pair
+    b.do("""
+        stop, wrong = threading.Event(), []
+        def work():
+            while not stop.is_set():
+                for call in ("write", "direct pwrite", "read", "direct pread", "vmsplice"):
+                    for at in (5 * PAGE, 5 * MIB + PAGE, 6 * MIB + PAGE):
+                        done = {**loads, **stores}[call](base + at, PAGE)
+                        if done != PAGE: wrong.append((call, at, done))
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for t in threads: t.start()
+        """)
+    a.do("""
+        for step in range(40):
+            r.mmap(MIB, flags=0x31, offset=4 * MIB); r.mprotect(4 * MIB, MIB, step % 4 % 3); r.munmap(4 * MIB, MIB)
+            r.mprotect(64 * PAGE, 64 * PAGE, 1); r.mprotect(64 * PAGE, 64 * PAGE, 3); r.msync()
+        """)
+    b.do("stop.set()\nfor t in threads: t.join()")
+    assert b.ask("wrong") == []

@@ -1,7 +1,8 @@
 """The command ``mshare``.
 
-One file an aspect: ``show`` looks at regions, ``change`` makes and ends them, ``daemon`` starts and stops mshared,
-``doctor`` judges the machine by the facts of ``machine``; ``place`` and ``render`` are what they have in common.
+One file an aspect: ``show`` looks at regions, ``change`` makes, forks and ends them, ``daemon`` starts and stops
+mshared, ``doctor`` judges the machine by the facts of ``machine``; ``place`` and ``render`` are what they have in
+common.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ for command in (
     show.stat,
     show.maps,
     change.create,
+    change.fork,
     change.unlink,
     change.rm,
     doctor.doctor,

@@ -1,4 +1,4 @@
-"""Commands that change: create, unlink, rm."""
+"""Commands that change: create, fork, unlink, rm."""
 
 from __future__ import annotations
 
@@ -99,6 +99,47 @@ def create(
     with region:
         made = region.stat()  # Not the window: an existing region may be seen elsewhere than where it lies.
     click.echo(f"{render.printable(made.name)}  {made.address:#x}  {render.size_in_both(made.size)}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("new")
+@click.option(
+    "--mode",
+    type=parse_mode_option,
+    metavar="OCTAL",
+    default="600",
+    show_default=True,
+    help="Its permissions, less umask.",
+)
+@click.pass_obj
+def fork(mount: Path | None, name: str, new: str, *, mode: int) -> None:
+    """Make region NEW: region NAME as it is now. Print its name, address and size.
+
+    It is there at once, whatever the size: memory is copied where one of the two changes, and where NEW is read. It
+    belongs to you, and stays until `mshare unlink` or `mshare rm`. Needs read permission on NAME.
+    """
+    place = served_mount(mount)
+    with about_region(name):
+        region = _attached_somewhere(name, place)
+    with region:
+        origin = region.stat()
+        try:
+            region.fork(new, mode)
+        except FileExistsError as error:
+            text = f"region {render.printable(new)!r} exists; `mshare rm` takes it away"
+            raise click.ClickException(text) from error
+    click.echo(f"{render.printable(new)}  {origin.address:#x}  {render.size_in_both(origin.size)}")
+
+
+def _attached_somewhere(name: str, place: Path) -> mshare.Region:
+    """Attached for reading, where the region lies, or above all that the daemon places if we are there ourselves."""
+    try:
+        return mshare.mshare(name, None, 0, os.O_RDONLY, mount=place)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return mshare.mshare(name, WINDOW_END, 0, os.O_RDONLY, mount=place)
 
 
 @click.command()

@@ -1,0 +1,358 @@
+"""Forks as the daemon makes them: with memfds for memory, and attachments that only note what is asked of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mshared import backing as backings
+from mshared import uffd
+from mshared.backing import Backing, MemfdStore
+from mshared.lifetimes import Lifetimes
+from mshared.live import LiveAttachment, LiveRegion
+from mshared.pager import Pager
+from mshared.snapshots import Snapshots, Wish
+from msharefs import forking
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
+from msharefs.effects import Bring, ZeroFill
+from msharefs.errors import ExistsError, NoMemoryError, NoSpaceError, NotFoundError
+from msharefs.fault import Fault
+from msharefs.namespace import Limits, Namespace, Policy
+from msharefs.perms import Access, Credentials, Ownership, Prot
+from msharefs.region import BackingKind
+from msharefs.vma import Arming, FileSource
+
+ROOT = Credentials(0, 0)
+SIZE = PMD_SIZE
+
+
+class FakeUffd:
+    """Notes what is protected; it asks to read events first as often as ``busy`` says."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.log: list[tuple[str, AddrRange]] = []
+        self.busy = 0
+
+    def arm(self, ar: AddrRange, arming: Arming) -> None:
+        self._note(f"arm {arming.name}", ar)
+
+    def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
+        self._note("protect" if protect else "allow", ar)
+
+    def wake(self, ar: AddrRange) -> None:
+        self._note("wake", ar)
+
+    def _note(self, what: str, ar: AddrRange) -> None:
+        if self.busy:
+            self.busy -= 1
+            raise BlockingIOError(errno.EAGAIN, "read events first")
+        self.log.append((what, ar))
+
+
+class FullStore(MemfdStore):
+    """Where there is room for so many regions."""
+
+    room = 1 << 30
+
+    def create(self, *args: Any) -> Backing:
+        if not self.room:
+            raise NoSpaceError("no room")
+        self.room -= 1
+        return super().create(*args)
+
+
+class World:
+    """Regions, and who forks them."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.pager = Pager()
+        self.namespace = Namespace(Ownership(0, 0, 0o777), Policy(limits=limits or Limits()))
+        self.lifetimes = Lifetimes(self.namespace, self.pager, uffd.WANTED, None)
+        self.store = FullStore()
+        self.snapshots = Snapshots(self.namespace, self.lifetimes, self.store)
+
+    def region(self, name: str = "it") -> LiveRegion:
+        """A region of 2 MiB, whose first page starts with a 1."""
+        model = self.namespace.create(name, None, SIZE, 0o600, BackingKind.SMALL, ROOT)
+        model.ready = True
+        region = self.lifetimes.add_region(model, self.store.create(model.id, BackingKind.SMALL, SIZE))
+        os.pwrite(region.backing.fd, b"\1", 0)
+        return region
+
+    def attach(self, region: LiveRegion) -> LiveAttachment:
+        model = self.namespace.attach(region.model, region.model.ar.start, os.getpid(), readonly=False)
+        fake: Any = FakeUffd()
+        live = LiveAttachment(model, region, fake, Address(0))
+        region.attachments.append(live)
+        self.lifetimes._attachments[model.id] = live
+        return live
+
+    def detach(self, live: LiveAttachment) -> None:
+        """As when its process dies."""
+        live.region.attachments.remove(live)
+        del self.lifetimes._attachments[live.model.id]
+        if self.namespace.detach(live.region.model, live.model):
+            self.lifetimes.forget(live.region)
+
+    def fork(self, *wishes: tuple[LiveRegion, str | None], mode: int = 0o600) -> list[LiveRegion]:
+        return trio.run(self.snapshots.fork, [Wish(origin, name, mode) for origin, name in wishes], ROOT)
+
+    def names(self) -> list[str | None]:
+        return [region.name for region in self.namespace]
+
+    def close(self) -> None:
+        for region in self.lifetimes.regions():
+            for live in list(region.attachments):
+                self.detach(live)
+            if not region.ended:
+                self.namespace.abandon(region.model)
+                self.lifetimes.forget(region)
+        self.lifetimes.settling.finish()
+        self.pager.close()
+
+
+@pytest.fixture
+def world(open_descriptors: Callable[[], int]) -> Iterator[World]:
+    before = open_descriptors()
+    world = World()
+    yield world
+    world.close()
+    assert open_descriptors() == before
+
+
+def brought(twin: LiveRegion, page: int = 0) -> int:
+    """What a page of a twin starts with."""
+    mm = twin.model.mm
+    ar = AddrRange.sized(mm.ar.start + page * PAGE_SIZE, PAGE_SIZE)
+    twin.family.make_or_reclaim(mm, forking.to_bring(mm, ar))
+    return os.pread(twin.backing.fd, 1, page * PAGE_SIZE)[0]
+
+
+def log_of(live: LiveAttachment) -> list[tuple[str, AddrRange]]:
+    fake: Any = live.uffd
+    return list(fake.log)
+
+
+class TestTwins:
+    """What a twin is made of."""
+
+    def test_mappings_contents_and_owner(self, world: World) -> None:
+        origin = world.region()
+        hole = AddrRange.sized(origin.model.ar.start + 4 * PAGE_SIZE, PAGE_SIZE)
+        origin.model.mm.munmap(hole)
+        twin = world.fork((origin, "twin"), mode=0o640)[0]
+        assert (twin.model.name, twin.model.owner.mode, twin.model.ar) == ("twin", 0o640, origin.model.ar)
+        assert twin.model.ready
+        assert twin.settled.is_set()
+        assert [vma.ar for vma in twin.model.mm.vmas] == [vma.ar for vma in origin.model.mm.vmas]
+        assert brought(twin) == 1
+        assert world.names() == ["it", "twin"]
+
+    def test_hidden_contents_are_copied(self, world: World) -> None:
+        origin = world.region()
+        origin.model.mm.mprotect(AddrRange.sized(origin.model.ar.start, PAGE_SIZE), Prot.NONE)
+        os.pwrite(origin.stash(), b"\7", 0)
+        twin = world.fork((origin, "twin"))[0]
+        assert os.pread(twin.stash(), 1, 0) == b"\7"
+
+    def test_files_are_its_own(self, world: World, tmp_path: Path) -> None:
+        origin = world.region()
+        (tmp_path / "data").write_bytes(b"file")
+        number = origin.add_file(os.open(tmp_path / "data", os.O_RDWR))
+        page = AddrRange.sized(origin.model.ar.start, PAGE_SIZE)
+        origin.model.mm.mmap(page, PAGE_SIZE, fixed=True, replace=True, source=FileSource(number, 0, True, True))
+        origin.model.mm.filled(page)
+        origin.model.mm.stored_to(page)
+        os.pwrite(origin.backing.fd, b"new!", 0)
+        twin = world.fork((origin, "twin"))[0]
+        assert (tmp_path / "data").read_bytes() == b"new!"
+        assert twin.files[number].fd != origin.files[number].fd
+        other = os.open("/dev/null", os.O_RDONLY)
+        assert twin.add_file(other) != number
+        twin.drop_unused_files()
+        assert set(twin.files) == {number}
+
+
+class TestOneInstant:
+    """All is protected before anything is answered."""
+
+    def test_every_attachment_of_the_origin_is_protected(self, world: World) -> None:
+        origin = world.region()
+        lives = [world.attach(origin), world.attach(origin)]
+        world.fork((origin, "one"))
+        assert [log_of(live) for live in lives] == [[("arm WP", origin.model.ar)]] * 2
+        world.fork((origin, "two"))
+        assert [log_of(live)[1:] for live in lives] == [[("protect", origin.model.ar)]] * 2
+
+    def test_relatives_that_may_come_to_hold_what_others_need_are_too(self, world: World) -> None:
+        origin = world.region()
+        twin = world.fork((origin, "one"))[0]
+        live = world.attach(twin)
+        world.fork((origin, "two"))
+        assert log_of(live) == [("arm MISSING|WP", origin.model.ar)]
+
+    def test_a_fault_that_is_read_meanwhile_waits(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While the last of them is being forked by its process, a store to the first one must not get through."""
+        origins = [world.region("one"), world.region("two")]
+        first, last = (world.attach(origin) for origin in origins)
+        at = origins[0].model.ar.start
+        busy: Any = last.uffd
+        busy.busy = 1
+
+        def events() -> None:
+            world.lifetimes._on_fault(first, 3, at, os.getpid())  # A store to a page that is protected.
+            seen.append([what for what, _ in log_of(first)])
+
+        seen: list[list[str]] = []
+        monkeypatch.setattr(world.lifetimes, "read_events", events)
+        twins = world.fork((origins[0], "three"), (origins[1], "four"))
+        assert seen == [["arm WP"]]
+        assert not any(region.changing for region in (*origins, *twins))
+        world.pager.drain()
+        assert log_of(first)[-1] == ("allow", AddrRange.sized(at, PAGE_SIZE))
+        os.pwrite(origins[0].backing.fd, b"\2", 0)
+        assert brought(twins[0]) == 1
+
+
+class TestRefusals:
+    """A fork that cannot be made leaves nothing."""
+
+    def test_a_name_that_is_taken(self, world: World) -> None:
+        origin = world.region()
+        live = world.attach(origin)
+        with pytest.raises(ExistsError):
+            world.fork((origin, "it"))
+        assert log_of(live) == []
+
+    def test_one_name_for_two(self, world: World) -> None:
+        origin = world.region()
+        with pytest.raises(ExistsError):
+            world.fork((origin, "twin"), (origin, "twin"))
+        assert world.names() == ["it"]
+        assert world.lifetimes.regions() == [origin]
+        assert origin.family.backings.keys() == {0}
+
+    def test_limits_hold_for_all_together(self) -> None:
+        world = World(Limits(max_bytes=2 * SIZE))
+        origin = world.region()
+        with pytest.raises(NoSpaceError):
+            world.fork((origin, "one"), (origin, "two"))
+        assert world.names() == ["it"]
+        assert len(world.fork((origin, "one"))) == 1
+        world.close()
+
+    def test_no_room_for_the_second(self, world: World) -> None:
+        origin = world.region()
+        world.store.room = 1
+        with pytest.raises(NoSpaceError):
+            world.fork((origin, "one"), (origin, "two"))
+        assert world.names() == ["it"]
+        assert origin.model.mm.lineage.alone
+
+    def test_no_memory_for_what_is_hidden(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        origin = world.region()
+        origin.model.mm.mprotect(AddrRange.sized(origin.model.ar.start, PAGE_SIZE), Prot.NONE)
+        os.pwrite(origin.stash(), b"\7", 0)
+
+        def copy(*_: object) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        monkeypatch.setattr(backings, "copy", copy)
+        with pytest.raises(NoMemoryError, match="hidden by PROT_NONE: Cannot allocate memory"):
+            world.fork((origin, "twin"))
+        assert world.names() == ["it"]
+        assert origin.model.mm.lineage.alone
+
+
+class TestMeanwhile:
+    """Files are written first, which takes time, and much may happen."""
+
+    @pytest.fixture
+    def writing(self, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+        """What happens while files are written."""
+        happenings: list[Callable[[], object]] = []
+
+        async def flush(*_: object) -> None:
+            await trio.lowlevel.checkpoint()
+            while happenings:
+                happenings.pop(0)()
+
+        monkeypatch.setattr("mshared.snapshots.flush", flush)
+        return happenings
+
+    def test_somebody_takes_the_name(self, world: World, writing: list[Callable[[], object]]) -> None:
+        origin, other = world.region(), world.region("other")
+        taken: list[LiveRegion] = []
+        writing.append(lambda: taken.append(world.region("twin")))
+        with pytest.raises(ExistsError):
+            world.fork((origin, "twin"))
+        assert world.namespace.find("twin") is taken[0].model
+        assert [each.model.name for each in world.lifetimes.regions()] == ["it", "other", "twin"]
+        assert other.model.mm.lineage.alone
+
+    def test_the_region_ends(self, world: World, writing: list[Callable[[], object]]) -> None:
+        """It is gone, but not before whoever works on it lets go of it."""
+        origin = world.region()
+        live = world.attach(origin)
+        closed: list[bool] = []
+        writing += [
+            lambda: world.namespace.remove(origin.model, ROOT),
+            lambda: world.detach(live),
+            lambda: closed.append(origin.closed),
+        ]
+        twin = world.fork((origin, "twin"))[0]
+        assert closed == [False]
+        assert origin.closed
+        assert brought(twin) == 1
+
+    def test_it_is_gone_before(self, world: World) -> None:
+        origin = world.region()
+        world.namespace.abandon(origin.model)
+        world.lifetimes.forget(origin)
+        with pytest.raises(NotFoundError, match="the region is gone"):
+            world.fork((origin, "twin"))
+
+
+class TestForChildren:
+    """Private twins wait until they are taken, once, by whom they were made for."""
+
+    def tokens(self, world: World, *windows: LiveAttachment) -> list[str]:
+        return trio.run(world.snapshots.for_child, windows, ROOT)
+
+    def test_one_is_taken_once(self, world: World) -> None:
+        live = world.attach(world.region())
+        token = self.tokens(world, live)[0]
+        with pytest.raises(NotFoundError):
+            world.snapshots.take(token, Credentials(1, 1))
+        with pytest.raises(NotFoundError):
+            world.snapshots.take("other", ROOT)
+        taken = world.snapshots.take(token, ROOT)
+        assert (taken.twin.model.name, taken.readonly, brought(taken.twin)) == (None, False, 1)
+        with pytest.raises(NotFoundError):
+            world.snapshots.take(token, ROOT)
+        world.snapshots.forget([token])
+        assert not taken.twin.ended
+        world.snapshots.end(taken.twin)
+        assert taken.twin.closed
+
+    def test_one_that_nobody_takes_goes(self, world: World) -> None:
+        origin = world.region()
+        tokens = self.tokens(world, world.attach(origin))
+        assert len(world.lifetimes.regions()) == 2
+        world.snapshots.forget([*tokens, "other"])
+        assert world.lifetimes.regions() == [origin]
+
+
+def test_loads_of_a_twin_are_brought(world: World) -> None:
+    """And what its origin never had is zeros."""
+    twin = world.fork((world.region(), "twin"))[0]
+    places = (Address(twin.model.ar.start + page * PAGE_SIZE) for page in (0, 9))
+    effects = [twin.model.mm.fault(Fault(place, Access.READ)).effect for place in places]
+    assert [type(effect) for effect in effects] == [Bring, ZeroFill]
