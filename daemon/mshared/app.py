@@ -219,11 +219,12 @@ def _userfaultfd() -> tuple[int | None, abi.Feature, tuple[str, ...]]:
 @contextlib.contextmanager
 def _hugetlb_pool(config: Config) -> Iterator[None]:
     """Have the machine's pool of huge pages as much larger as was asked for."""
-    if not config.hugetlb_pool:
+    note = config.state_dir / "hugetlb-pool"
+    if not config.hugetlb_pool and not note.exists():
         yield
         return
     try:
-        pool = hugetlb.Pool(config.hugetlb_pool)
+        pool = hugetlb.Pool(config.hugetlb_pool or 0, note)
     except NoMemoryError as error:
         raise StartError(f"--hugetlb-pool: {error}") from error
     except OSError as error:

@@ -29,14 +29,23 @@ CURE: Final = "raise vm.nr_hugepages (pages of 2 MiB), or start mshared as root 
 
 
 class Pool:
-    """Pages added to the machine's pool of 2 MiB pages for as long as the daemon runs."""
+    """Pages added to the machine's pool of 2 MiB pages for as long as the daemon runs.
 
-    def __init__(self, size: int) -> None:
+    How many is written to the file ``note``, so that a daemon that follows one that was killed can give them back.
+    """
+
+    def __init__(self, size: int, note: Path) -> None:
         """Add ``size`` bytes, rounded up to whole pages. Raises NoMemoryError, with the pool as it was."""
         wanted = -(-size // PMD_SIZE)
+        self._note = note
+        self._added = int(note.read_text()) if note.exists() else 0
+        if self._added:
+            log.warning("giving back %d huge pages, added by a daemon that was killed", self._added)
+            self.close()
         if size > available():
             raise NoMemoryError(f"only {format_size(available())} of memory are free; ask for less")
         before = _pages()
+        note.write_text(str(wanted))
         POOL.write_text(str(before + wanted))
         self._added = _pages() - before
         if self._added < wanted:
@@ -52,6 +61,7 @@ class Pool:
         if self._added > 0:
             with contextlib.suppress(OSError):
                 POOL.write_text(str(max(0, _pages() - self._added)))
+        self._note.unlink(missing_ok=True)
         self._added = 0
 
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,22 +37,27 @@ def pages(first: int, end: int) -> AddrRange:
     return AddrRange.sized(first * HUGE, (end - first) * HUGE)
 
 
+NOTE = Path(tempfile.gettempdir()) / f"msharefs-test-pool-{os.getpid()}"
+
+
 @pytest.fixture
-def pool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def pool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Instead of the machine's own."""
     path = tmp_path / "nr_hugepages"
     path.write_text("7\n")
+    NOTE.unlink(missing_ok=True)
     monkeypatch.setattr(hugetlb, "POOL", path)
-    return path
+    yield path
+    NOTE.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
-def raised() -> Iterator[hugetlb.Pool]:
+def raised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hugetlb.Pool]:
     """64 pages more."""
     if os.geteuid() != 0:
         pytest.skip("raising the pool of huge pages is for root only")
     need_memory(64 * HUGE)
-    added = hugetlb.Pool(64 * HUGE)
+    added = hugetlb.Pool(64 * HUGE, tmp_path_factory.mktemp("pool") / "note")
     yield added
     added.close()
 
@@ -82,25 +88,32 @@ class TestPool:
     """What is added is taken away again, and nothing else."""
 
     def test_pages_are_added_and_given_back(self, pool_file: Path) -> None:
-        pool = hugetlb.Pool(5 * HUGE)
+        pool = hugetlb.Pool(5 * HUGE, NOTE)
         assert pool_file.read_text() == "12"
         pool.close()
         assert pool_file.read_text() == "7"
         pool.close()
         assert pool_file.read_text() == "7"
 
+    def test_what_a_daemon_that_was_killed_has_added_is_given_back(self, pool_file: Path) -> None:
+        hugetlb.Pool(5 * HUGE, NOTE)
+        pool = hugetlb.Pool(2 * HUGE, NOTE)
+        assert (pool_file.read_text(), NOTE.read_text()) == ("9", "2")
+        pool.close()
+        assert (pool_file.read_text(), NOTE.exists()) == ("7", False)
+
     def test_parts_of_a_page_count_as_one(self, pool_file: Path) -> None:
-        hugetlb.Pool(2 * HUGE + 1)
+        hugetlb.Pool(2 * HUGE + 1, NOTE)
         assert pool_file.read_text() == "10"
 
     def test_what_others_do_to_the_pool_stays(self, pool_file: Path) -> None:
-        pool = hugetlb.Pool(5 * HUGE)
+        pool = hugetlb.Pool(5 * HUGE, NOTE)
         pool_file.write_text("112")
         pool.close()
         assert pool_file.read_text() == "107"
 
     def test_a_pool_that_others_have_emptied_is_not_raised(self, pool_file: Path) -> None:
-        pool = hugetlb.Pool(5 * HUGE)
+        pool = hugetlb.Pool(5 * HUGE, NOTE)
         pool_file.write_text("2")
         pool.close()
         assert pool_file.read_text() == "0"
@@ -108,7 +121,7 @@ class TestPool:
     def test_more_than_is_free_is_not_even_tried(self, pool_file: Path) -> None:
         """The kernel would swallow what is left, and be slow about it."""
         with pytest.raises(NoMemoryError, match=r"only .* of memory are free; ask for less"):
-            hugetlb.Pool(hugetlb.available() + GIB)
+            hugetlb.Pool(hugetlb.available() + GIB, NOTE)
         assert pool_file.read_text() == "7\n"
 
     @pytest.mark.parametrize(("found", "said"), [(3, "6 MiB of 10 MiB"), (0, "0 B of 10 MiB")])
@@ -118,13 +131,15 @@ class TestPool:
         written = []
 
         def grant(path: Path, text: str) -> int:
-            written.append(text)
+            if path == pool_file:
+                written.append(text)
+                text = str(min(int(text), 7 + found))
             with path.open("w") as file:
-                return file.write(str(min(int(text), 7 + found)))
+                return file.write(text)
 
         monkeypatch.setattr(Path, "write_text", grant)
         with pytest.raises(NoMemoryError, match=r"the kernel finds .*hugepages=") as caught:
-            hugetlb.Pool(5 * HUGE)
+            hugetlb.Pool(5 * HUGE, NOTE)
         assert written == ["12", "7"] if found else written == ["12"]
         assert pool_file.read_text() == "7"
         assert said in str(caught.value)
@@ -132,12 +147,12 @@ class TestPool:
     def test_who_may_not_write_it_is_told_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hugetlb, "POOL", tmp_path / "none" / "such")
         with pytest.raises(OSError, match="No such file"):
-            hugetlb.Pool(HUGE)
+            hugetlb.Pool(HUGE, NOTE)
 
     @pytest.mark.usefixtures("before")
     def test_the_machines_own(self) -> None:
         size = pool_size()
-        added = hugetlb.Pool(8 * HUGE)
+        added = hugetlb.Pool(8 * HUGE, NOTE)
         try:
             assert pool_size() == size + 8
         finally:
