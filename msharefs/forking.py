@@ -47,6 +47,7 @@ def fork(mm: HostMm) -> HostMm:
     )
     twin.rule = attrs.evolve(mm.rule, forked=Arming.MISSING)
     twin.table = mm.table.fork()
+    twin.borrowed = {*mm.borrowed, mm.store}
     for vma in mm.vmas:
         twin.vmas.insert(attrs.evolve(vma, count=FaultCount()))
         if vma.reaches_file:

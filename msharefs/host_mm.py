@@ -25,7 +25,7 @@ from msharefs.errors import (
     NotSupportedError,
 )
 from msharefs.fault import Fault, Resolution, handle_fault
-from msharefs.frames import frame_in, store_of
+from msharefs.frames import StoreNo, frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Advice, Prot
@@ -73,6 +73,8 @@ class HostMm:
         self.hole_signal = hole_signal
         self.lineage = lineage or Lineage()
         self.store = self.lineage.add(self)
+        self.borrowed: set[StoreNo] = set()
+        """Stores of relatives that its tables may refer to."""
 
     @property
     def granule(self) -> int:

@@ -43,6 +43,8 @@ def check_lineage(lineage: Lineage) -> None:
             owner = store_of(pte.frame)
             if owner == mm.store:
                 continue
+            if owner not in mm.borrowed:
+                raise InternalError(f"store {mm.store} refers to pages {run} of store {owner}, and does not know it")
             _check_protected(mm, run)
             if owner in lineage.members:
                 _check_owner(lineage.members[owner], run, mm)

@@ -12,12 +12,11 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msharefs.addr import PMD_SIZE, Address, AddrRange, FrameNo, united
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange, FrameNo, united
 from msharefs.armings import cut
 from msharefs.effects import Copy
 from msharefs.errors import InternalError, NoSpaceError
 from msharefs.frames import MAX_STORES, StoreNo, store_of
-from msharefs.vma import Arming
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
@@ -58,15 +57,14 @@ class Lineage:
 
     def needed(self, store: StoreNo) -> list[AddrRange]:
         """Where somebody refers to frames of a store, as addresses; in order, apart for each member."""
-        borrowers = [mm for mm in self.members.values() if mm.rule.forked & Arming.MISSING or mm.store == store]
-        runs = [each for mm in borrowers for each in mm.table.runs(mm.ar)]
+        runs = [each for mm in self.members.values() if store in mm.borrowed for each in mm.table.runs(mm.ar)]
         return [run for run, pte in runs if store_of(pte.frame) == store]
 
     def claims(self, mm: HostMm, ar: AddrRange) -> Iterator[Copy]:
         """What others refer to of the frames that ``mm`` has in ``ar``, each part with the oldest of them."""
         taken: list[AddrRange] = []
         for other in list(self.members.values()):
-            if other is mm:
+            if not _may_share(mm, other, ar):
                 continue
             borders = [border for run in taken for border in (run.start, run.end)]
             runs = [run for run, pte in other.table.runs(ar) if pte.frame == mm.frame_at(run.start)]
@@ -74,6 +72,8 @@ class Lineage:
                 if not bisect_right(borders, part.start) % 2:
                     yield Copy(part, mm.store, other.store)
             taken = united(sorted([*taken, *runs]))
+            if taken == [ar]:
+                return
 
     def moved(self, copy: Copy) -> None:
         """Everybody but its owner refers to the copy from now on. Preconditions: the contents are there."""
@@ -83,8 +83,15 @@ class Lineage:
         for piece in copy.ar.pieces(PMD_SIZE):
             owner.table.own(piece.start)
         for other in self.members.values():
-            if other is owner:
-                continue
-            for run, pte in list(other.table.runs(copy.ar)):
+            if other is not heir and owner.store in other.borrowed:
+                other.borrowed.add(heir.store)
+            for run, pte in list(other.table.runs(copy.ar)) if _may_share(owner, other, copy.ar) else ():
                 if pte.frame == owner.frame_at(run.start):
                     other.table.reassign(run, heir.frame_at(run.start))
+
+
+def _may_share(owner: HostMm, other: HostMm, ar: AddrRange) -> bool:
+    """Whether it is worth looking for frames of ``owner`` that ``other`` has in ``ar``: of one page that is quick."""
+    if owner.store not in other.borrowed:
+        return False
+    return ar.size > PAGE_SIZE or other.table.frame_at(ar.start) == owner.frame_at(ar.start)

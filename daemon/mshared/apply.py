@@ -26,6 +26,7 @@ from msharefs.effects import (
     Preserve,
     Protect,
     Punch,
+    Signal,
     Stash,
     Unstash,
     WriteBack,
@@ -118,7 +119,13 @@ def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: An
     """Do what the model decided about the thread ``tid`` that waits at ``addr`` (its own address)."""
     match effect:
         case ZeroFill():
-            return _zero_fill(attachment, effect)
+            outcome = _zero_fill(attachment, effect)
+            if outcome in (Outcome.EXISTS, Outcome.UNMAPPED):
+                if _no_memory(attachment.region, effect.ar):
+                    log.warning("%s: no memory for a page at %#x", attachment, addr)
+                    return refusals.refuse(attachment, addr, tid, Signal.SIGBUS)
+                wake(attachment, attachment.guest(effect.ar))
+            return outcome
         case Allow():
             page = attachment.guest(effect.ar)
             return attempt(attachment, partial(attachment.uffd.write_protect, page, protect=False))
@@ -162,12 +169,21 @@ def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
     """
     page = attachment.guest(effect.ar)
     if attachment.model.readonly:
-        attachment.region.filler().zero(attachment.region.model.offset_of(effect.ar))
+        try:
+            attachment.region.filler().zero(attachment.region.model.offset_of(effect.ar))
+        except OSError:
+            return Outcome.UNMAPPED
         return wake(attachment, page)
-    outcome = attempt(attachment, partial(attachment.uffd.zero, page, protected=effect.protected))
-    if outcome is Outcome.EXISTS:
-        wake(attachment, page)
-    return outcome
+    return attempt(attachment, partial(attachment.uffd.zero, page, protected=effect.protected))
+
+
+def _no_memory(region: LiveRegion, page: AddrRange) -> bool:
+    """Whether a page that could not be made can be had in no other way, as long as memory is short."""
+    try:
+        region.filler().zero(region.model.offset_of(page))
+    except OSError:
+        return True
+    return False
 
 
 def _offsets(region: LiveRegion, ar: AddrRange) -> AddrRange:

@@ -60,7 +60,8 @@ class Changes:
             raise
         try:
             placed = self._mmap(live, request, flags, opened)
-            await refill(live.region, self._read_events)
+            model = live.region.model
+            await refill(live.region, model.range_at(placed.offset, request.length), self._read_events)
         finally:
             live.region.drop_unused_files()
         return placed
@@ -130,7 +131,7 @@ class Changes:
         if not prot & PROT_RW:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
         self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
-        await refill(live.region, self._read_events)
+        await refill(live.region, ar, self._read_events)
 
     async def madvise(self, live: LiveAttachment, request: protocol.Madvise) -> None:
         """Take advice about a range (compare madvise(2)). What has no effect on others the client does by itself."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LARGE: Final = 16
+"""Regions of a family in which stores of ended ones are looked through now and then, not each time one ends."""
 _AT_ONCE: Final = 4 * PMD_SIZE
 """Bytes that are copied before others have their turn."""
 
@@ -41,11 +43,14 @@ class Family:
     regions: dict[StoreNo, LiveRegion] = attrs.Factory(dict)
     backings: dict[StoreNo, Backing] = attrs.Factory(dict)
     copied: int = 0
+    _most: int = 0
+    """How many regions there were since stores of ended ones were looked through."""
 
     def join(self, region: LiveRegion) -> None:
         """Take a region in."""
         store = region.model.mm.store
         self.regions[store], self.backings[store] = region, region.backing
+        self._most = max(self._most, len(self.regions))
 
     def leave(self, region: LiveRegion) -> None:
         """Let a region go. Its backing is closed when nobody needs it; until then it keeps what somebody does."""
@@ -53,8 +58,9 @@ class Family:
         mm.lineage.leave(mm)
         del self.regions[mm.store]
         self._release(mm, mm.store)
-        for store in self.backings.keys() - self.regions.keys() - {mm.store}:
-            self._release(mm, store)
+        if len(self.regions) < _LARGE or 2 * len(self.regions) <= self._most:
+            self._release_ended(mm)
+            self._most = len(self.regions)
 
     def make(self, mm: HostMm, copies: list[Copy]) -> None:
         """Make copies that ``mm`` asks for, and take them off the list. Raises OSError where memory is short."""
@@ -73,8 +79,7 @@ class Family:
         try:
             self.make(mm, left)
         except OSError:
-            for store in self.backings.keys() - self.regions.keys():
-                self._release(mm, store)
+            self._release_ended(mm)
             self.make(mm, left)
 
     async def make_way(self, mm: HostMm, ar: AddrRange, *, bring: bool = False) -> None:
@@ -116,6 +121,11 @@ class Family:
             frame = frame_in(copy.source, index_of(mm.frame_at(page.start)))
             if not mm.lineage.refers(page.start, frame):
                 self.backings[copy.source].punch(page.moved(-mm.ar.start))
+
+    def _release_ended(self, mm: HostMm) -> None:
+        """Give back what nobody needs any more of the stores of ended regions."""
+        for store in self.backings.keys() - self.regions.keys():
+            self._release(mm, store)
 
     def _release(self, mm: HostMm, store: StoreNo) -> None:
         """Keep of an ended region's store what somebody needs."""

@@ -7,10 +7,10 @@ and asks for pages there; every process then finds them in the file.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 
-from mshared import libc, uffd
+from mshared import hugetlb, libc, uffd
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, AddrRange
 
@@ -19,25 +19,40 @@ class Filler:
     """A mapping of one backing file in the daemon, registered MISSING; ``page`` is the size of its pages."""
 
     def __init__(self, fd: int, size: int, device: int | None, page: int = PAGE_SIZE) -> None:
+        self._fd = fd
         self._size = size
         self._page = page
+        self._device = device
         self._uffd = uffd.new(device)
         self._uffd.open_api(abi.Feature(0))
         self._start = libc.map_shared(fd, size, reserve=False)
         self._uffd.mark(AddrRange.sized(self._start, size))
 
     def zero(self, offset: int) -> None:
-        """Have a page of zeros at ``offset``, unless there is one already."""
-        with contextlib.suppress(FileExistsError):
+        """Have a page of zeros at ``offset``, unless there is one already. Raises OSError ENOMEM."""
+        try:
             self._uffd.zero(AddrRange.sized(self._start + offset, self._page), protected=False)
+        except FileExistsError:
+            self._check(offset)
 
     def copy(self, offset: int, data: bytes) -> bool:
-        """Have pages with ``data`` from ``offset`` on; False, perhaps half way, when one is there already."""
+        """Have pages with ``data`` from ``offset`` on; False, perhaps half way, when one is there already.
+
+        Raises OSError ENOMEM.
+        """
         try:
             self._uffd.copy(AddrRange.sized(self._start + offset, len(data)), data)
         except (FileExistsError, BlockingIOError):  # The second when some were copied before one was met.
+            if len(data) == self._page:
+                self._check(offset)
             return False
         return True
+
+    def _check(self, offset: int) -> None:
+        """Of a huge page the kernel says that it is there also when none is to be had (hugetlb_mfill_atomic_pte)."""
+        page = AddrRange.sized(offset, self._page)
+        if self._page > PAGE_SIZE and not hugetlb.present(self._fd, page, self._device):
+            raise OSError(errno.ENOMEM, "no huge page is free")
 
     def close(self) -> None:
         """Unmap and close."""

@@ -80,15 +80,22 @@ class Filling:
         if not region.files[fill.file].read_now(buffer, piece.size, offset):
             return False
         awake = False
-        for run in region.model.mm.table.holes(piece):
-            part = buffer.address + run.start - piece.start
-            if apply.fill(attachment, run, part, protected=vma.reports_stores) is Outcome.SERVED:
-                awake = awake or run.covers(page)
-            else:
-                region.put_new(_part(buffer.view, piece, run), region.model.offset_of(run))
-            region.model.mm.filled(run)
-        if not awake:  # Whatever the tables say, the kernel has missed it.
-            region.put_new(_part(buffer.view, piece, page), region.model.offset_of(page))
+        try:
+            for run in region.model.mm.table.holes(piece):
+                part = buffer.address + run.start - piece.start
+                if apply.fill(attachment, run, part, protected=vma.reports_stores) is Outcome.SERVED:
+                    awake = awake or run.covers(page)
+                else:
+                    region.put_new(_part(buffer.view, piece, run), region.model.offset_of(run))
+                region.model.mm.filled(run)
+            if not awake:  # Whatever the tables say, the kernel has missed it.
+                region.put_new(_part(buffer.view, piece, page), region.model.offset_of(page))
+        except OSError as error:
+            _log_short(region, error)
+            if not awake:
+                _refuse(fault)
+            return True
+        if not awake:
             apply.wake(attachment, fault.attachment.page_at(fault.addr))
         return True
 
@@ -107,7 +114,7 @@ class Filling:
             self._go_on(fault, beyond)
 
     async def _fill(self, region: LiveRegion, piece: AddrRange) -> int:
-        """Read a piece and install what is missing of it; the host address from which on the file has nothing."""
+        """Read a piece and install what is missing of it; the host address from which on there is nothing to be had."""
         source = _source_of(region, piece)
         moves = region.moves
         fd = os.dup(region.files[source.file].fd)
@@ -124,12 +131,16 @@ class Filling:
             raise _Gone  # What was read may be older than what was stored, and moved, meanwhile.
         end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, region.model.mm.page))))
         data = data.ljust(end - piece.start, b"\0")
-        for run in region.model.mm.table.holes(AddrRange(piece.start, end)) if end > piece.start else []:
-            region.put_new(_part(data, piece, run), region.model.offset_of(run))
-            region.model.mm.filled(run)
-        for page in self._pages_waited_for(region, piece):  # Whatever the tables say, the kernel has missed them.
-            if page.end <= end:
-                region.put_new(_part(data, piece, page), region.model.offset_of(page))
+        try:
+            for run in region.model.mm.table.holes(AddrRange(piece.start, end)) if end > piece.start else []:
+                region.put_new(_part(data, piece, run), region.model.offset_of(run))
+                region.model.mm.filled(run)
+            for page in self._pages_waited_for(region, piece):  # Whatever the tables say, the kernel has missed them.
+                if page.end <= end:
+                    region.put_new(_part(data, piece, page), region.model.offset_of(page))
+        except OSError as error:
+            _log_short(region, error)
+            return piece.start
         return end
 
     def _pages_waited_for(self, region: LiveRegion, piece: AddrRange) -> set[AddrRange]:
@@ -137,7 +148,7 @@ class Filling:
         return {fault.attachment.host(fault.attachment.page_at(fault.addr)) for fault in faults}
 
     def _go_on(self, fault: Waiting, beyond: int) -> None:
-        """Let the thread try again, or give it SIGBUS where the file has nothing."""
+        """Let the thread try again, or give it SIGBUS where the file has nothing, or memory is short."""
         model = fault.attachment.model
         region = fault.attachment.region
         host = region.model.to_host(model, Address(fault.addr))
@@ -146,13 +157,23 @@ class Filling:
         if not beyond:
             self._decide(fault.attachment, fault.flags, fault.addr, fault.tid)
         elif host >= beyond:
-            apply.answer_fault(fault.attachment, Address(fault.addr), fault.tid, Deliver(Signal.SIGBUS, host))
+            _refuse(fault)
         else:
             apply.wake(fault.attachment, fault.attachment.page_at(fault.addr))
 
 
 class _Gone(Exception):
     """The mapping is another by now."""
+
+
+def _refuse(fault: Waiting) -> None:
+    """Give who waits a SIGBUS, as the kernel does past a file's end, or without memory."""
+    addr = Address(fault.addr)
+    apply.answer_fault(fault.attachment, addr, fault.tid, Deliver(Signal.SIGBUS, addr))
+
+
+def _log_short(region: LiveRegion, error: OSError) -> None:
+    log.warning("region %s: no memory for a mapped file: %s", region.model.name, error.strerror)
 
 
 def _piece_with(reading: Reading, addr: Address) -> AddrRange | None:

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 import trio
@@ -290,26 +291,27 @@ class Lifetimes:
         self._refuse(live, flags, addr, tid, Resolution(Deliver(Signal.SIGBUS, Address(addr))))
 
     def _refuse(self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution) -> None:
-        """Refuse a fault. A page that may be loaded is brought first, when a system call is to fail for a store.
-
-        The store is then reported anew, as one to a page that is there: loads of others go on meanwhile.
-        """
-        signal, vma = resolution.signal, resolution.vma
-        assert signal is not None
-        readable = vma is not None and Access.READ.allowed_by(vma.prot)
+        """Refuse a fault; a page that is missing and may be loaded can be had."""
+        readable = resolution.vma is not None and Access.READ.allowed_by(resolution.vma.prot)
         protected = bool(flags & abi.FLAG_WP) and (readable or addr not in live.model.window)
-        if readable and not protected and refusals.must_fail(live, tid, signal):
-            self._on_fault(live, 0, addr, tid)
-            return
-        self._refuse_now(live, flags, addr, tid, resolution, protected=protected)
+        bring = partial(self._on_fault, live, 0, addr, tid) if readable and not protected else None
+        self._refuse_now(live, flags, addr, tid, resolution, protected=protected, bring=bring)
 
     def _refuse_now(
-        self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution, *, protected: bool
+        self,
+        live: LiveAttachment,
+        flags: int,
+        addr: int,
+        tid: int,
+        resolution: Resolution,
+        *,
+        protected: bool,
+        bring: Callable[[], None] | None = None,
     ) -> None:
         signal, vma = resolution.signal, resolution.vma
         assert signal is not None
         waiting = bool(live.refused)
-        outcome = refusals.refuse(live, Address(addr), tid, signal, protected=protected)
+        outcome = refusals.refuse(live, Address(addr), tid, signal, protected=protected, bring=bring)
         if live.refused and not waiting:
             self._take_back_later(live)
         if outcome is Outcome.SERVED and addr in live.model.window:

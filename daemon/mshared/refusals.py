@@ -44,31 +44,39 @@ _MOST_LOGGED: Final = 20
 """Lines a window may have in the log: a process that catches its signals can go on for ever."""
 
 
-def refuse(attachment: LiveAttachment, addr: Address, tid: int, signal: Signal, *, protected: bool = False) -> Outcome:
+def refuse(
+    attachment: LiveAttachment,
+    addr: Address,
+    tid: int,
+    signal: Signal,
+    *,
+    protected: bool = False,
+    bring: Callable[[], None] | None = None,
+) -> Outcome:
     """Refuse what the thread ``tid`` wanted at ``addr``; ``protected``: it was a store to a page that is there.
 
-    A thread that blocks or ignores the signal fares as one in a system call: as in a kernel, it cannot look away.
+    ``bring`` has a page that is missing, and may be loaded, come as for a load. When a system call is to fail for a
+    store, that comes first: the store is then reported anew, and loads of others go on meanwhile. A thread that blocks
+    or ignores the signal fares as one in a system call: as in a kernel, it cannot look away.
     """
     page = attachment.page_at(addr)
     pid = attachment.model.pid or processes.process_of_thread(tid)
     if pid is None:
         return Outcome.GONE
+    tid = processes.thread_seen_from_here(pid, tid)
     must_fail = _must_fail(pid, tid, signal)
     if must_fail is None or page.start in attachment.refused:
         return _wake_only(attachment, page)
+    if must_fail and bring is not None:
+        bring()
+        return Outcome.EXISTS
     attachment.refusals += 1
     level = logging.INFO if attachment.refusals <= _MOST_LOGGED else logging.DEBUG
     if not must_fail and page.start not in attachment.poisoned:
         log.log(level, "%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
-        return _send(pid, processes.thread_seen_from_here(pid, tid), signal, addr)
+        return _send(pid, tid, signal, addr)
     log.log(level, "%s: EFAULT for thread %d at %#x", attachment, tid, addr)
     return _refuse_store(attachment, pid, page) if protected else _poison(attachment, page)
-
-
-def must_fail(attachment: LiveAttachment, tid: int, signal: Signal) -> bool:
-    """Whether a signal would not do for a thread that waits."""
-    pid = attachment.model.pid or processes.process_of_thread(tid)
-    return pid is not None and bool(_must_fail(pid, tid, signal))
 
 
 def take_back(attachment: LiveAttachment, now: float = math.inf) -> None:
@@ -112,15 +120,15 @@ def unpoison_shared(region: LiveRegion) -> None:
             region.poisoned.discard(page)
 
 
-async def refill(region: LiveRegion, read_events: Callable[[], None]) -> None:
-    """Bring what files have to the pages where system calls had failed; past a file's end they go on to fail.
+async def refill(region: LiveRegion, ar: AddrRange, read_events: Callable[[], None]) -> None:
+    """Bring what files have to pages of ``ar`` where system calls had failed; past a file's end they go on to fail.
 
     Preconditions: the region's lock is held, so that no mapping changes before the end.
     """
     for attachment in list(region.attachments):
         for start in list(attachment.poisoned):
             page = attachment.host(attachment.page_at(start))
-            vma = _touchable(region, page)
+            vma = _touchable(region, page) if ar.covers(page) else None
             if vma is not None and await _read_page(region, page, vma) and attachment in region.attachments:
                 unpoison(attachment, read_events)
 
@@ -196,9 +204,13 @@ def _is_there(region: LiveRegion, page: AddrRange) -> bool:
         return False
 
 
+def _came(attachment: LiveAttachment, page: AddrRange) -> bool:
+    """Whether the region has a page of the window; what is outside is none of it."""
+    return attachment.model.window.covers(page) and _is_there(attachment.region, attachment.host(page))
+
+
 def _must_fail(pid: int, tid: int, signal: Signal) -> bool | None:
     """Whether a signal would not do for a thread; None if it does not wait."""
-    tid = processes.thread_seen_from_here(pid, tid)
     in_call = processes.in_system_call(pid, tid)
     return processes.would_miss(pid, tid, signal) if in_call is False else in_call
 
@@ -207,7 +219,7 @@ def _poison(attachment: LiveAttachment, page: AddrRange) -> Outcome:
     """Mark a page. A thread that finds it marked already was woken when that was done, or comes too late to see it."""
     poison = partial(attachment.uffd.poison, page)
     outcome = attempt(attachment, poison)
-    if outcome is Outcome.EXISTS and page.start not in attachment.poisoned:
+    if outcome is Outcome.EXISTS and page.start not in attachment.poisoned and not _came(attachment, page):
         attempt(attachment, partial(attachment.uffd.unprotect_empty, page))
         outcome = attempt(attachment, poison)
     if outcome is Outcome.EXISTS:
@@ -224,7 +236,7 @@ def _refuse_store(attachment: LiveAttachment, pid: int, page: AddrRange) -> Outc
     if attachment.sigbus is None:
         log.warning("%s: killed, a system call stores to the protected page at %#x", attachment, page.start)
         return _kill(pid)
-    if attachment.model.window.covers(page) and not _is_there(attachment.region, attachment.host(page)):
+    if attachment.model.window.covers(page) and not _came(attachment, page):
         return _wake_only(attachment, page)  # A load would have the kernel make the page.
     attachment.refused[page.start] = time.monotonic() + REFUSAL_TIME
     _hand_over(attachment, page, attachment.uffd, attachment.sigbus, Arming.WP)

@@ -54,7 +54,8 @@ def copy(first: int, end: int, source: int, target: int) -> Copy:
 def store(mm: HostMm, number: int) -> list[Copy]:
     """Store to a page that is there and protected: the copies that had to be made."""
     fault = Fault(page(number).start, Access.WRITE, protected=True)
-    effect, made = mm.fault(fault).effect, []
+    made: list[Copy] = []
+    effect = mm.fault(fault).effect
     while isinstance(effect, Preserve):
         made += effect.copies
         for each in effect.copies:

@@ -47,7 +47,9 @@ SIZE = 2 * 512 + 6
 """Pages of the region: of small ones, two tables of them and a bit."""
 ALL = frozenset(range(SIZE))
 BORDER = 65 * PGDIR_SIZE
-PAGES = st.sampled_from([0, 1, 2, 3, 4, 510, 511, 512, 513, 1022, 1023, 1024, 1025, SIZE - 1]) | st.integers(0, SIZE - 1)
+CORNERS = [0, 1, 2, 3, 510, 511, 512, 513, 1023, 1024]
+"""Borders of tables and of mappings, and few pages besides, so that much happens to each."""
+PAGES = st.sampled_from([*CORNERS * 3, SIZE - 1, 100, 700])
 PROTS = st.sampled_from([Prot.NONE, Prot.READ, PROT_RW, PROT_RW])
 NUMBERS = st.integers(0, 11)
 """Picks one of the members living; and with each, one of its two processes."""
@@ -57,10 +59,9 @@ MOST = 5
 
 @st.composite
 def spans(draw: st.DrawFn) -> range:
-    """Some pages in a row: a few, or up to a border of tables, or any."""
+    """Some pages in a row: mostly a few, or a whole table of them, or more."""
     first = draw(PAGES)
-    other = draw(st.sampled_from([1, 1, 2, 3, 512]).map(lambda n: first + n - 1) | PAGES)
-    return range(min(first, other), min(max(first, other) + 1, SIZE))
+    return range(first, min(first + draw(st.sampled_from([1, 1, 2, 2, 3, 4, 512, 600])), SIZE))
 
 
 @attrs.frozen
@@ -220,9 +221,7 @@ class ForkingMachine(RuleBasedStateMachine):
         self.lineage = Lineage()
         region = kind.ar_of(range(SIZE))
         granule = kind.granule * kind.page
-        mm = HostMm(
-            region, levels=levels, page=kind.page, granule=granule, paging_all=paging_all, lineage=self.lineage
-        )
+        mm = HostMm(region, levels=levels, page=kind.page, granule=granule, paging_all=paging_all, lineage=self.lineage)
         first = Member(mm, kind, Asked([HOLE] * SIZE, [0] * SIZE))
         self.members = {mm.store: first}
         self.memories = {mm.store: first.memory}
@@ -230,9 +229,9 @@ class ForkingMachine(RuleBasedStateMachine):
         self.tokens, self.files = itertools.count(1), itertools.count(1)
         self.written: set[int] = set()
         self.map(first, range(SIZE), PROT_RW, None)
-        self.map(first, range(5, 9), PROT_RW, self.new_file(shared=True))
-        self.map(first, range(516, 520), PROT_RW, self.new_file(shared=False))
-        self.call(first, range(1019, 1021), None, lambda ar: first.mm.munmap(ar))
+        self.map(first, range(2, 4), PROT_RW, self.new_file(shared=True))
+        self.map(first, range(511, 513), PROT_RW, self.new_file(shared=False))
+        self.call(first, range(1024, 1026), None, lambda ar: first.mm.munmap(ar))
 
     def pick(self, number: int) -> tuple[Member, Attached]:
         """A member, and one of its processes."""
@@ -247,6 +246,8 @@ class ForkingMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS, span=spans(), prot=PROTS, file=st.sampled_from(["none", "none", "private", "shared"]))
     def mmap(self, number: int, span: range, prot: Prot, file: str) -> None:
+        """Map anew, mostly over something, the first page of which has been stored to."""
+        self.touch(number, span.start, Access.WRITE)
         source = None if file == "none" else self.new_file(shared=file == "shared")
         self.map(self.pick(number)[0], span, prot, source)
 
@@ -269,6 +270,7 @@ class ForkingMachine(RuleBasedStateMachine):
         member = self.pick(number)[0]
         if HOLE in member.asked.prots[span.start : span.stop]:
             return
+        self.touch(number, span.start, Access.WRITE)
         if prot & PROT_RW:
             now = member.asked.contents[span.start : span.stop]
             self.call(member, span, [int(prot)] * len(span), lambda ar: member.mm.mprotect(ar, prot), now, keeps=True)
@@ -329,6 +331,7 @@ class ForkingMachine(RuleBasedStateMachine):
                 assert target[page] is None, "the copy overwrites what is there"
                 target[page] = source[page]
             forking.copied(asking.mm, copy)
+            check_mm(asking.mm)
 
     # The processes.
 
@@ -349,9 +352,9 @@ class ForkingMachine(RuleBasedStateMachine):
 
     @rule(first=NUMBERS, page=PAGES)
     def all_store(self, first: int, page: int) -> None:
-        """Every member stores to the same page."""
-        for number in range(2 * len(self.members)):
-            self.touch(first + number, page, Access.WRITE)
+        """A process of every member stores to the same page."""
+        for number in range(first, first + 2 * len(self.members), 2):
+            self.touch(number, page, Access.WRITE)
 
     @rule(number=NUMBERS, span=spans())
     def store_unseen(self, number: int, span: range) -> None:
@@ -421,8 +424,12 @@ class ForkingMachine(RuleBasedStateMachine):
         member = self.pick(number)[0]
         present = [self.kind.ar_of(range(page, page + 1)) for page in sorted(member.present())]
         member.mm.sync(united(present), huge=huge or self.kind.page > PAGE_SIZE)
-        own = {page for run, pte in member.mm.table.runs(member.mm.ar) for page in self.kind.pages_of(run)
-               if store_of(pte.frame) == member.mm.store}
+        own = {
+            page
+            for run, pte in member.mm.table.runs(member.mm.ar)
+            for page in self.kind.pages_of(run)
+            if store_of(pte.frame) == member.mm.store
+        }
         assert own == member.present()
 
     @rule(number=NUMBERS)

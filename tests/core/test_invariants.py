@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
 import pytest
 
+from msharefs import forking
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange, FrameNo
+from msharefs.effects import Copy
 from msharefs.errors import InternalError
+from msharefs.frames import StoreNo, frame_in
 from msharefs.host_mm import HostMm
-from msharefs.invariants import check_mm
+from msharefs.invariants import check_lineage, check_mm
+from msharefs.lineage import Lineage
 from msharefs.perms import PROT_RW, Prot
 from msharefs.pte import Pte, PteFlag
 from msharefs.tables import Directory, Leaf
-from msharefs.vma import FileId, FileSource, Vma
+from msharefs.vma import Arming, FileId, FileSource, Vma
 
 BASE = 32 << 40
 REGION = AddrRange.sized(BASE, 4 * PMD_SIZE)
@@ -188,3 +193,109 @@ def test_a_leaf_with_a_frame_between_borders_is_reported() -> None:
     mm.table.huge_pages += 1
     with pytest.raises(InternalError, match="at no border"):
         check_mm(mm)
+
+
+def good_family() -> HostMm:
+    """An origin and two twins: pages that all three share, pages copied, pages brought, 2 MiB leaves, a shared file."""
+    mm = good_mm()
+    mm.write_back(mm.ar)
+    for _ in range(2):
+        for member in mm.lineage.members.values():
+            forking.shield(member)
+        forking.fork(mm)
+    for page, source, target in ((601, 0, 1), (1030, 0, 2), (3, 0, 1)):
+        asking = mm.lineage.members[StoreNo(0 if page != 1030 else 2)]
+        forking.copied(asking, Copy(pages(page, page + 1), StoreNo(source), StoreNo(target)))
+    return mm
+
+
+def twin_of(mm: HostMm) -> HostMm:
+    return mm.lineage.members[StoreNo(1)]
+
+
+def reference_uncounted(mm: HostMm) -> None:
+    next(twin_of(mm).table.leaves()).refs += 1
+
+
+def member_under_a_wrong_number(mm: HostMm) -> None:
+    twin_of(mm).store = StoreNo(7)
+
+
+def member_of_another_lineage(mm: HostMm) -> None:
+    twin_of(mm).lineage = Lineage()
+
+
+def reference_to_a_store_that_is_not_among_the_borrowed(mm: HostMm) -> None:
+    twin_of(mm).borrowed.remove(mm.store)
+
+
+def origin_not_shielded(mm: HostMm) -> None:
+    mm.rule = attrs.evolve(mm.rule, forked=Arming.NATIVE)
+
+
+def page_that_a_twin_refers_to_is_gone(mm: HostMm) -> None:
+    mm.table.clear_range(pages(610, 611))
+
+
+def page_that_a_twin_refers_to_is_writable(mm: HostMm) -> None:
+    mm.enter(pages(610, 611), WRITABLE)
+
+
+def page_of_the_origin_is_writable_in_a_twin(mm: HostMm) -> None:
+    twin_of(mm).table.set(pages(610, 611).start, Pte(FrameNo(610), WRITABLE))
+
+
+def leaf_of_the_origin_is_writable_in_a_twin(mm: HostMm) -> None:
+    third = mm.lineage.members[StoreNo(2)]
+    third.table.set(pages(0, 512).start, Pte(FrameNo(0), WRITABLE | PteFlag.HUGE))
+
+
+def page_of_one_who_is_gone_is_writable(mm: HostMm) -> None:
+    mm.lineage.leave(mm)
+    page_of_the_origin_is_writable_in_a_twin(mm.lineage.members[StoreNo(1)])
+
+
+BETWEEN_MEMBERS: dict[Callable[[HostMm], None], str] = {
+    reference_uncounted: "references and hangs in",
+    member_under_a_wrong_number: "is that of store 7",
+    member_of_another_lineage: "is that of store 1",
+    reference_to_a_store_that_is_not_among_the_borrowed: "of store 0, and does not know it",
+    origin_not_shielded: "which is not shielded",
+    page_that_a_twin_refers_to_is_gone: "of store 0, which is gone",
+    page_that_a_twin_refers_to_is_writable: "are writable in store 0",
+    page_of_the_origin_is_writable_in_a_twin: "are writable in store 1",
+    leaf_of_the_origin_is_writable_in_a_twin: "are writable in store 2",
+    page_of_one_who_is_gone_is_writable: "are writable in store 1",
+}
+
+
+def test_a_good_family_passes() -> None:
+    mm = good_family()
+    check_lineage(mm.lineage)
+    for member in mm.lineage.members.values():
+        check_mm(member)
+    assert [each.table.shared_tables() for each in mm.lineage.members.values()] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("violate", "text"), BETWEEN_MEMBERS.items(), ids=lambda violate: getattr(violate, "__name__", "")
+)
+def test_each_violation_between_members_is_reported(violate: Callable[[HostMm], None], text: str) -> None:
+    mm = good_family()
+    violate(mm)
+    with pytest.raises(InternalError, match=text):
+        check_lineage(mm.lineage)
+
+
+def test_a_page_of_another_store_without_first_touches_reported_is_reported() -> None:
+    mm = good_mm()
+    mm.table.set(pages(700, 701).start, Pte(frame_in(StoreNo(3), 700), READONLY))
+    with pytest.raises(InternalError, match="lie in store 3, and first touches are not reported"):
+        check_mm(mm)
+
+
+def test_a_page_of_a_shared_file_in_another_store_is_reported() -> None:
+    twin = twin_of(good_family())
+    twin.table.set(pages(1401, 1402).start, Pte(FrameNo(1401), READONLY))
+    with pytest.raises(InternalError, match="of a shared file lie in store 0"):
+        check_mm(twin)

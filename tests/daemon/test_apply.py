@@ -208,10 +208,34 @@ class TestZeroFill:
         assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is Outcome.EXISTS
         assert calls(attachment) == [("wake", pages(0))]
 
-    @pytest.mark.parametrize(
-        ("number", "outcome"),
-        [(errno.EAGAIN, Outcome.RETRY), (errno.ESRCH, Outcome.GONE), (errno.ENOENT, Outcome.UNMAPPED)],
-    )
+    @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOMEM])
+    def test_what_its_window_does_not_take_the_file_does(self, world: World, number: int) -> None:
+        attachment = world.attach()
+        fail(attachment, "zero", number)
+        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is Outcome.UNMAPPED
+        assert calls(attachment) == [("wake", pages(0))]
+        assert list(extents(world.region.backing.fd)) == [AddrRange.sized(0, PAGE_SIZE)]
+
+    @pytest.mark.parametrize(("number", "readonly"), [(errno.ENOMEM, False), (errno.EEXIST, False), (0, True)])
+    def test_without_memory_it_is_a_sigbus(
+        self, world: World, number: int, readonly: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of huge pages the kernel says EEXIST then."""
+        attachment = world.attach(readonly=readonly)
+        if number:
+            fail(attachment, "zero", number)
+
+        def zero(*_: object) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        monkeypatch.setattr(world.region.filler(), "zero", zero)
+        asked: list[object] = []
+        monkeypatch.setattr(apply.refusals, "refuse", lambda *args: asked.append(args) or Outcome.SERVED)
+        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is Outcome.SERVED
+        assert asked == [(attachment, WINDOW_START, TID, Signal.SIGBUS)]
+        assert calls(attachment) == []
+
+    @pytest.mark.parametrize(("number", "outcome"), [(errno.EAGAIN, Outcome.RETRY), (errno.ESRCH, Outcome.GONE)])
     def test_what_else_it_may_come_to(self, world: World, number: int, outcome: Outcome) -> None:
         attachment = world.attach()
         fail(attachment, "zero", number)

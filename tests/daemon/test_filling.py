@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -336,3 +337,38 @@ class TestAtOnce:
         world.run(lambda: world.fault(0))
         assert world.at_once == []
         assert sorted(world.reads) == [(0, MOST), (MOST, MOST)]
+
+
+class TestNoMemory:
+    """Who waits for a page that nothing has room for gets a SIGBUS; the daemon goes on."""
+
+    @pytest.fixture
+    def full(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """Whether there is no memory."""
+        short = [True]
+        plain = LiveRegion.put_new
+
+        def put_new(self: LiveRegion, data: bytes, offset: int) -> None:
+            if short[0]:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            plain(self, data, offset)
+
+        monkeypatch.setattr(LiveRegion, "put_new", put_new)
+        return short
+
+    def test_for_what_was_read(self, world: World, full: list[bool], caplog: pytest.LogCaptureFixture) -> None:
+        world.run(lambda: world.fault(3))
+        assert (world.delivered, world.woken(), world.held()) == ([3], [], [])
+        assert "no memory for a mapped file: Cannot allocate memory" in caplog.text
+        full[0] = False
+        world.run(lambda: world.fault(3))
+        assert (world.delivered, world.woken()) == ([3], [3])
+
+    def test_for_what_is_in_memory(self, world: World, full: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+        world.in_memory = True
+        monkeypatch.setattr(apply, "fill", lambda *_, **__: Outcome.UNMAPPED)
+        world.fault(3)
+        assert (world.delivered, world.woken()) == ([3], [])
+        full[0] = False
+        world.fault(3)
+        assert (world.delivered, world.woken()) == ([3], [3])

@@ -129,8 +129,17 @@ class TestPoison:
         assert attachment.poisoned == {PAGE.start}
         assert threads.sent == []
 
-    def test_protection_of_what_is_not_there_makes_way(self, attachment: LiveAttachment, threads: Threads) -> None:
+    def test_protection_of_what_is_there_stays(self, attachment: LiveAttachment, threads: Threads) -> None:
         threads.in_call = True
+        fail(attachment, "poison", errno.EEXIST)
+        assert refuse(attachment) is Outcome.EXISTS
+        assert calls(attachment) == [("wake", PAGE)]
+
+    def test_protection_of_what_is_not_there_makes_way(
+        self, world: World, attachment: LiveAttachment, threads: Threads
+    ) -> None:
+        threads.in_call = True
+        world.carry_out(Punch(pages(5)))
         fail(attachment, "poison", errno.EEXIST)
         assert refuse(attachment) is Outcome.SERVED
         assert calls(attachment) == [("unprotect empty", PAGE), ("poison", PAGE)]
@@ -182,6 +191,19 @@ class TestStore:
         assert refuse(attachment, protected=True) is Outcome.EXISTS
         assert calls(attachment) == [("wake", PAGE)]
         assert attachment.refused == {}
+
+    def test_one_that_is_missing_is_brought_first(self, attachment: LiveAttachment, threads: Threads) -> None:
+        """For a call that is to fail only; and one look at the thread decides, which may be another the next moment."""
+        brought: list[str] = []
+
+        def bring() -> None:
+            brought.append("page")
+
+        assert refusals.refuse(attachment, ADDR, TID, Signal.SIGSEGV, bring=bring) is Outcome.EXISTS
+        assert (brought, calls(attachment), attachment.refusals) == (["page"], [], 0)
+        for threads.in_call in (None, False):
+            refusals.refuse(attachment, ADDR, TID, Signal.SIGSEGV, bring=bring)
+        assert (brought, len(threads.sent)) == (["page"], 1)
 
     def test_without_a_second_one_the_process_ends(self, attachment: LiveAttachment, threads: Threads) -> None:
         attachment.sigbus = None
@@ -265,8 +287,9 @@ class TestUnpoison:
         source = self.source(world, tmp_path / "file", 3 * PAGE_SIZE + 1, shared=shared)
         _, effects = world.region.model.mm.mmap(pages(0, 16), 16 * PAGE_SIZE, fixed=True, source=source)
         world.carry_out(*effects)
+        trio.run(refusals.refill, world.region, pages(4, 12), lambda: None)
         assert (made(world), len(poisoned.poisoned)) == ([], 2)
-        trio.run(refusals.refill, world.region, lambda: None)
+        trio.run(refusals.refill, world.region, pages(0, 16), lambda: None)
         assert made(world) == [3]
         assert os.pread(world.region.backing.fd, 2, 3 * PAGE_SIZE) == b"f\0"
         assert calls(poisoned)[-1] == ("show", pages(3, at=ELSEWHERE), shared)
@@ -285,5 +308,5 @@ class TestUnpoison:
         _, effects = world.region.model.mm.mmap(pages(0, 16), 16 * PAGE_SIZE, fixed=True, source=source)
         world.carry_out(*effects)
         monkeypatch.setattr(refusals.files, "read", broken)
-        trio.run(refusals.refill, world.region, lambda: None)
+        trio.run(refusals.refill, world.region, pages(0, 16), lambda: None)
         assert (made(world), len(poisoned.poisoned)) == ([], 2)

@@ -408,7 +408,7 @@ def test_a_forked_childs_call_on_read_only_memory_ends(pair: tuple[Client, Clien
 def test_a_file_is_written_from_memory_that_must_be_paged_while_it_is_written_back(
     pair: tuple[Client, Client], start: Callable[[], Client], name: str
 ) -> None:
-    """write(2) holds the file while it waits for the daemon, and the daemon writes to the file: nobody waits for ever."""
+    """write(2) holds the file while it waits for the daemon, and the daemon writes to it: nobody waits for ever."""
     a, last = pair[0], start()
     last.do(f"q = mshare.mshare({name!r} + 'q', None, 2 * MIB, CREATE, empty=True)")
     a.do("def show(at, flags, fd): flags == 1 and r.mmap(MIB, flags=1, offset=at, fd=fd)")
@@ -442,3 +442,25 @@ def test_calls_go_on_while_others_change_the_layout(pair: tuple[Client, Client])
         """)
     b.do("stop.set()\nfor t in threads: t.join()")
     assert b.ask("wrong") == []
+
+
+def test_no_store_gets_through_whatever_comes_between(pair: tuple[Client, Client], start: Callable[[], Client]) -> None:
+    """Threads that store to the same pages together, and signals: each call fails, or the process ends; bytes stay."""
+    storing = start()
+    storing.do(
+        "base, said, together = attach(), [], threading.Barrier(3)\nsignal.signal(signal.SIGALRM, lambda *_: None)"
+    )
+    status, _ = storing.dies_of(f"""
+        def work():
+            for page in range(100):
+                for call in ("pread", "process_vm_writev"):
+                    together.wait(); said.append(stores[call](base + 2 * MIB + page * PAGE, 10))
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        for t in threads: t.start()
+        for t in threads: t.join()
+        while set(said) != {{{REFUSED}}}: signal.pause()  # Who has stored is about to end.
+        os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    assert status == -9
+    assert pair[1].ask("sum(r.buf[2 * MIB : 3 * MIB])") == 0
