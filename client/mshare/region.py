@@ -149,7 +149,8 @@ class Region:
         """Make a region ``name`` with the same mappings and, as of now, the same contents, at once.
 
         Both are independent from then on: a page is copied when one of them changes it. ``mode`` less umask are the
-        permissions of its file. Raises OSError: EINVAL, EEXIST, EACCES, ENOSPC, EDQUOT, ENOMEM; ValueError if closed.
+        permissions of its file. It takes write permission on the mount, and a window that may write, or being the
+        region's owner. Raises OSError: EINVAL, EEXIST, EACCES, ENOSPC, EDQUOT, ENOMEM; ValueError if closed.
         """
         request = protocol.Fork(self._own_attachment(), checked_name(name), mode & ~sc.umask())
         self._link.call(request, protocol.Done)

@@ -24,6 +24,7 @@ from msharefs import dump, protocol
 from msharefs.addr import AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
+    AccessDeniedError,
     BadDescriptorError,
     InvalidArgumentError,
     MshareError,
@@ -288,8 +289,15 @@ class Service:
         return self._offer(untaken.twin, request.addr, readonly=untaken.readonly), pending
 
     async def fork(self, caller: Caller, request: protocol.Fork) -> Answer:
-        """Make a copy-on-write twin of a region that the caller has a window on."""
-        origin = self._own(caller, request.attachment).region
+        """Make a copy-on-write twin of a region that the caller has a window on.
+
+        Its owner may write it, and pages that it has in common with other forks of the region come to lie in it. So
+        whoever makes one must be trusted with the region's contents already: may write it, or own it.
+        """
+        live = self._own(caller, request.attachment)
+        origin = live.region
+        if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
+            raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
         await self._snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
         return Answer(protocol.Done())
 

@@ -254,7 +254,7 @@ class TestFamilies:
 
 
 class TestWhoMay:
-    """Forking is reading, and creating."""
+    """Forking is writing, and creating."""
 
     def test_the_mode_less_the_umask_and_the_forker_is_the_owner(
         self, origin: Client, daemon: Daemon, client: Callable[..., Client], name: str
@@ -264,7 +264,9 @@ class TestWhoMay:
         assert (made.st_mode & 0o777, made.st_uid) == (0o640, 0)
         reader = started(client(uid=NOBODY), name, "mshare.mshare(name, None, 0, RO)")
         assert reader.error_of(f"mshare.mshare({name + '-s'!r}, 0x6000_0000_0000, 0, RO)").errno == errno.EACCES
-        reader.do("r.fork(name + '-u'); u = on(name + '-u')")
+        assert reader.error_of("r.fork(name + '-u')").errno == errno.EACCES
+        origin.do("os.chmod(connect(find_mount()).mount / name, 0o606)")
+        reader.do("r.detach(); r = mshare.mshare(name, None, 0, RW); r.fork(name + '-u'); u = on(name + '-u')")
         made = (daemon.mount / f"{name}-u").stat()
         assert (made.st_mode & 0o777, made.st_uid) == (0o600, NOBODY)
         reader.do(f"mark(u, 2000, {SOME})")
