@@ -57,6 +57,15 @@ def test_the_consumer_reads_what_the_dead_donor_wrote(daemon: Daemon) -> None:
     assert leftovers(daemon.mount) == []
 
 
+def test_a_store_is_saved_while_it_changes(daemon: Daemon, tmp_path: Path) -> None:
+    """What the child has saved adds up, and is not what the store holds by then."""
+    told = run(daemon.mount, sys.executable, str(ROOT / "examples/checkpoint.py"), str(tmp_path / "saved"))
+    assert "saved 50000 accounts that hold 5000000 in all" in told
+    assert "the store holds 5000000" in told
+    assert ", and 0 of its accounts" not in told
+    assert leftovers(daemon.mount) == []
+
+
 def test_commands_named_in_the_readme_exist() -> None:
     """Every scripts/... that README.md names can be executed, and every option of ours that it shows is known."""
     text = (ROOT / "README.md").read_text()
