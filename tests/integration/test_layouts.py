@@ -182,6 +182,7 @@ def test_processes_of_multiprocessing_see_it(creator: Client, method: str, name:
         """)
     assert creator.ask("queue.get()") == expected(PARTS)
     creator.do("process.join(); assert process.exitcode == 0; queue.close()")
+    creator.do("del process, names, queue; gc.collect()")  # With the queue go its semaphores, which have names.
 
 
 def test_children_follow_what_changes_after_the_fork(creator: Client, start: Callable[..., Client]) -> None:
