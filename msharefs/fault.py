@@ -11,13 +11,13 @@ from msharefs.effects import Allow, Answer, Bring, Copy, Deliver, Fill, Preserve
 from msharefs.frames import store_of
 from msharefs.perms import Access
 from msharefs.pte import pte_flags
-from msharefs.vma import Vma
+from msharefs.vma import Arming, Vma
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
 
 
-@attrs.frozen
+@attrs.define
 class Fault:
     """What the kernel reported: where (a host address), what the instruction tried, and why it stopped.
 
@@ -29,7 +29,7 @@ class Fault:
     protected: bool = False
 
 
-@attrs.frozen
+@attrs.define
 class Resolution:
     """What to do about a fault (compare vm_fault_t), and in which VMA it was, if in one."""
 
@@ -62,10 +62,10 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
             return Resolution(Preserve(claims), vma)
         mm.stored_to(page)
         return Resolution(Allow(page), vma)
-    frame = mm.table.frame_at(page.start) if mm.rule.forked else None
+    frame = mm.table.frame_at(page.start) if mm.rule.forked is not Arming.NATIVE else None
     if frame is not None and store_of(frame) != mm.store:
         return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
-    source = vma.source_at(page.start)
+    source = vma.source_at(page.start) if vma.source is not None else None
     if source is not None:
         mm.missed(page)
         return Resolution(Fill(page, source.file, source.offset), vma)

@@ -24,8 +24,8 @@ class Prot(enum.IntFlag):
 PROT_RW = Prot.READ | Prot.WRITE
 
 
-_STORABLE: Final = frozenset(Prot(bits) for bits in range(8) if bits & Prot.WRITE)
-_READABLE: Final = frozenset(Prot(bits) for bits in range(8) if bits & PROT_RW)
+_WRITE: Final = int(Prot.WRITE)
+_ANY: Final = int(PROT_RW)
 
 
 class Access(enum.Enum):
@@ -36,7 +36,7 @@ class Access(enum.Enum):
 
     def allowed_by(self, prot: Prot) -> bool:
         """Whether ``prot`` lets this access through. Write access implies read access, as on x86."""
-        return prot in (_STORABLE if self is Access.WRITE else _READABLE)
+        return int.__and__(prot, _WRITE if self is Access.WRITE else _ANY) != 0  # On plain integers: for every fault.
 
 
 class MapFlag(enum.IntFlag):

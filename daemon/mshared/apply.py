@@ -13,7 +13,7 @@ from functools import partial
 
 from mshared import backing, refusals
 from mshared.live import LiveAttachment, LiveRegion, Unwritten
-from mshared.uffd import Outcome, attempt, insist
+from mshared.uffd import Outcome, attempt, insist, outcome_of
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
     Allow,
@@ -174,7 +174,11 @@ def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
         except OSError:
             return Outcome.UNMAPPED
         return wake(attachment, page)
-    return attempt(attachment, partial(attachment.uffd.zero, page, protected=effect.protected))
+    try:
+        attachment.uffd.zero(page, protected=effect.protected)
+    except OSError as error:
+        return outcome_of(attachment, error)
+    return Outcome.SERVED
 
 
 def _no_memory(region: LiveRegion, page: AddrRange) -> bool:

@@ -28,9 +28,9 @@ from mshared.uffd import Outcome, Uffd, is_userfaultfd
 from mshared.writeback import Settling
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.effects import Bring, Deliver, Fill, Preserve, Signal
+from msharefs.effects import Allow, Bring, Deliver, Fill, Preserve, Signal, ZeroFill
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
-from msharefs.fault import Fault, Resolution
+from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.namespace import Namespace
 from msharefs.perms import Access
 from msharefs.region import AttachmentId, Region, RegionId
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
+_ANSWERED_AT_ONCE: Final = (ZeroFill, Allow)
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
@@ -261,23 +262,26 @@ class Lifetimes:
             return
         host = Address(addr - live.distance)
         access = Access.WRITE if flags & _STORE else Access.READ
-        resolution = region.mm.fault(Fault(host, access, protected=bool(flags & abi.FLAG_WP)))
-        effect, vma = resolution.effect, resolution.vma
-        if isinstance(effect, Fill) and vma is not None:
-            region.count_served(vma)
-            self.filling.request(effect, vma, Waiting(live, flags, addr, tid))
+        resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP)))
+        if not isinstance(resolution.effect, _ANSWERED_AT_ONCE):
+            self._see_to(live, flags, addr, tid, resolution)
             return
-        if isinstance(effect, Bring | Preserve):
-            self._copy_first(Waiting(live, flags, addr, tid), resolution)
-            return
-        if isinstance(effect, Deliver):
-            self._refuse(live, flags, addr, tid, resolution)
-            return
-        outcome = apply.answer_fault(live, Address(addr), tid, effect)
+        outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect)
         if outcome is Outcome.SERVED:
-            region.count_served(vma)
+            region.count_served(resolution.vma)
         elif outcome is Outcome.RETRY:
             self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+
+    def _see_to(self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution) -> None:
+        """What takes more than an answer."""
+        effect, vma = resolution.effect, resolution.vma
+        if isinstance(effect, Fill) and vma is not None:
+            live.region.model.count_served(vma)
+            self.filling.request(effect, vma, Waiting(live, flags, addr, tid))
+        elif isinstance(effect, Deliver):
+            self._refuse(live, flags, addr, tid, resolution)
+        else:
+            self._copy_first(Waiting(live, flags, addr, tid), resolution)
 
     def _on_moved(self, live: LiveAttachment, start: int, to: int, length: int) -> None:
         """A process has moved memory, as armed as it was: to its place in the window, if it was staged."""

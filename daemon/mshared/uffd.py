@@ -77,11 +77,16 @@ def attempt(whose: object, ioctl: Callable[[], None]) -> Outcome:
     try:
         ioctl()
     except OSError as error:
-        outcome = classify(error)
-        if outcome in (Outcome.GONE, Outcome.UNMAPPED):
-            log.debug("%s: %s (%s)", whose, outcome.value, error.strerror)
-        return outcome
+        return outcome_of(whose, error)
     return Outcome.SERVED
+
+
+def outcome_of(whose: object, error: OSError) -> Outcome:
+    """What an ioctl on a client's address space came to that failed; what is a mistake is raised again."""
+    outcome = classify(error)
+    if outcome in (Outcome.GONE, Outcome.UNMAPPED):
+        log.debug("%s: %s (%s)", whose, outcome.value, error.strerror)
+    return outcome
 
 
 def insist(whose: object, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
@@ -227,7 +232,7 @@ class Uffd:
             return error.errno != errno.ESRCH
         return True
 
-    def read(self, most: int = 64) -> bytes:
+    def read(self, most: int = 14) -> bytes:
         """Up to ``most`` whole messages, empty when none waits. A fork's message brings a new descriptor with it."""
         try:
             return os.read(self.fd, most * abi.MESSAGE_SIZE)
