@@ -26,7 +26,8 @@ def odfork(*regions: Region) -> int:
     """Fork, as os.fork() does; in the child ``regions`` (by default all that are attached) are private snapshots.
 
     In the parent nothing changes: 0 is returned in the child, its pid in the parent, which waits until the child has
-    its snapshots. Regions that are not given stay shared. Raises OSError in the parent, with no child left.
+    its snapshots. Regions that are not given stay shared. A child that another thread forks at that very moment has no
+    window on the regions at all. Raises OSError in the parent, with no child left.
     """
     chosen = list(dict.fromkeys(regions)) if regions else attached_regions()
     taken: list[tuple[Region, str]] = []
@@ -62,7 +63,7 @@ def _fork_and_wait(taken: list[tuple[Region, str]]) -> int:
     """Fork; the child takes its snapshots and says so by a pipe."""
     ours, theirs = os.pipe()
     try:
-        pid = _plain_fork()
+        pid = _fork_without(region for region, _ in taken)
     except OSError:
         os.close(ours)
         os.close(theirs)
@@ -79,6 +80,21 @@ def _fork_and_wait(taken: list[tuple[Region, str]]) -> int:
         os.close(ours)
     os.waitpid(pid, 0)
     raise OSError(errno.EAGAIN, "the child could not have its snapshots, and has ended; its stderr says why")
+
+
+def _fork_without(regions: Iterable[Region]) -> int:
+    """Fork a child that has no windows on some regions: there are no tables to copy, and nothing to detach from."""
+    kept: list[Region] = []
+    pid = -1
+    try:
+        for region in regions:
+            region.keep_from_children(keep=True)
+            kept.append(region)
+        pid = _plain_fork()
+        return pid
+    finally:
+        for region in kept if pid else ():
+            region.keep_from_children(keep=False)
 
 
 def _become(taken: list[tuple[Region, str]], pipe: int) -> None:

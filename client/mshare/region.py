@@ -182,6 +182,10 @@ class Region:
         """Whether this is a window on the region with that file."""
         return self._link.mount == mount and self._inode == inode
 
+    def keep_from_children(self, *, keep: bool) -> None:
+        """Have children forked from now on have no window, or have it again. Raises OSError."""
+        self._window.keep_from_children(keep=keep)
+
     @property
     def link(self) -> Connection:
         """The connection by which the daemon is asked about it."""
@@ -192,8 +196,7 @@ class Region:
         return self._own_attachment()
 
     def become(self, token: str) -> None:
-        """In a forked child, with no other thread: be the private twin that was made for it. Raises OSError."""
-        inherited = self._own_attachment()
+        """In a forked child that was kept from having the window: be the private twin made for it. Raises OSError."""
         reply, fds = self._link.exchange(protocol.Take(token, self.address))
         try:
             offer = reply_of(reply, protocol.Offer)
@@ -205,8 +208,7 @@ class Region:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._inode = offer.inode
-        self._link.call(protocol.Detach(inherited), protocol.Done)
+        self._inode, self._pid = offer.inode, os.getpid()
 
     def close_window(self) -> int | None:
         """Unmap without ending the reference, which is returned.

@@ -66,11 +66,16 @@ class Window:
             self._mapped = False
             raise RangeInUseError(errno.EINVAL, text)
 
+    def keep_from_children(self, *, keep: bool) -> None:
+        """Have forked children have no window here (MADV_DONTFORK), or have it again. Raises OSError."""
+        advice = sc.MADV_DONTFORK if keep else sc.MADV_DOFORK
+        sc.madvise(self.address, self.size, advice)
+        sc.madvise(self.anchor, ANCHOR_SIZE, advice)
+
     def replace(self, backing: int) -> None:
-        """Show something else at the same place. Nobody can touch it before ``let_in``. Raises OSError."""
+        """In a child that has no window here: have one on something else, closed until ``let_in``. Raises OSError."""
         shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
-        sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED, backing)
-        sc.munmap(self.anchor, ANCHOR_SIZE)
+        sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
         self.anchor = 0
         self.drop_userfaultfd()
 
