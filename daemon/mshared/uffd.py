@@ -232,7 +232,7 @@ class Uffd:
             return error.errno != errno.ESRCH
         return True
 
-    def read(self, most: int = 14) -> bytes:
+    def read(self, most: int = 64) -> bytes:
         """Up to ``most`` whole messages, empty when none waits. A fork's message brings a new descriptor with it."""
         try:
             return os.read(self.fd, most * abi.MESSAGE_SIZE)

@@ -133,13 +133,13 @@ def fork(mount: Path | None, name: str, new: str, *, mode: int) -> None:
 
 
 def _attached_somewhere(name: str, place: Path) -> mshare.Region:
-    """Attached for reading, where the region lies, or above all that the daemon places if we are there ourselves."""
+    """Attached where the region lies, or above all that the daemon places if we are there ourselves."""
     try:
-        return mshare.mshare(name, None, 0, os.O_RDONLY, mount=place)
+        return mshare.mshare(name, None, 0, os.O_RDWR, mount=place)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return mshare.mshare(name, WINDOW_END, 0, os.O_RDONLY, mount=place)
+    return mshare.mshare(name, WINDOW_END, 0, os.O_RDWR, mount=place)
 
 
 @click.command()
