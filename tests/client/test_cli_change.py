@@ -102,6 +102,8 @@ def test_fork_makes_a_region_of_what_another_is(
     """Where it lies, for whoever asks, and attached to nobody."""
     attached, new = client(), f"{name}-new"
     attached.do(f"r = mshare.mshare({name!r}, 0x224000000000, 4 << 20, CREATE, 0o644); r.buf[:5] = b'hello'")
+    assert cli("fork", name, new, uid=NOBODY).status == 1  # It takes write access.
+    attached.do(f"os.chmod(connect(find_mount()).mount / {name!r}, 0o646)")
     assert cli("fork", name, new, uid=NOBODY).lines == [f"{new}  0x224000000000  4194304 (4 MiB)"]
     made = regions()[new]
     assert (made.address, made.size, made.attached, made.mode, made.uid) == (0x224000000000, 4 << 20, 0, 0o600, NOBODY)
