@@ -506,14 +506,21 @@ class TestMoves:
         assert client.status() == -signal.SIGBUS
         assert region.model.faults == 0
 
-    def test_what_is_staged_is_armed_where_it_stands_and_where_it_goes(self, world: World, client: Client) -> None:
-        region = world.region(empty=True)
+    def _attach_with_second_page_elsewhere(
+        self, world: World, region: LiveRegion, client: Client
+    ) -> tuple[LiveAttachment, list[Staged]]:
         start = region.model.ar.start
         fd, anchor = client.map(region)
         client.tell("move", start + PAGE_SIZE, self.ELSEWHERE, PAGE_SIZE)
         assert client.answer() == "moved"
         staged = [Staged(AddrRange.sized(start + PAGE_SIZE, PAGE_SIZE), Address(self.ELSEWHERE))]
         live = world.lifetimes.attach(region, start, client.pid, fd, anchor, readonly=False, staged=staged)
+        return live, staged
+
+    def test_what_is_staged_is_armed_where_it_stands_and_where_it_goes(self, world: World, client: Client) -> None:
+        region = world.region(empty=True)
+        start = region.model.ar.start
+        live, staged = self._attach_with_second_page_elsewhere(world, region, client)
         assert (live.staged, region.model.ready, region.settled.is_set()) == (staged, False, False)
         client.tell("move", self.ELSEWHERE, start + PAGE_SIZE, PAGE_SIZE)
         world.serve_until(lambda: not live.staged)
@@ -525,12 +532,7 @@ class TestMoves:
 
     def test_a_child_has_staged_what_its_parent_has(self, forking: World, client: Client) -> None:
         region = forking.region(empty=True)
-        start = region.model.ar.start
-        fd, anchor = client.map(region)
-        client.tell("move", start + PAGE_SIZE, self.ELSEWHERE, PAGE_SIZE)
-        assert client.answer() == "moved"
-        staged = [Staged(AddrRange.sized(start + PAGE_SIZE, PAGE_SIZE), Address(self.ELSEWHERE))]
-        parent = forking.lifetimes.attach(region, start, client.pid, fd, anchor, readonly=False, staged=staged)
+        parent, staged = self._attach_with_second_page_elsewhere(forking, region, client)
         client.tell("fork")
         forking.serve_until(lambda: len(region.attachments) == 2)
         _, child = region.attachments
