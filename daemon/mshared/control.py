@@ -20,8 +20,9 @@ import attrs
 import trio
 
 from mshared import donations
+from mshared.answers import Answer, Caller, Pending
 from mshared.live import LiveRegion
-from mshared.service import Answer, Caller, Pending, Service
+from mshared.service import Service
 from mshared.tickets import Closer, read_ticket
 from msharefs import protocol
 from msharefs.errors import BadDescriptorError, MshareError, NotFoundError, ProtocolError
@@ -209,12 +210,12 @@ class _Connection:
                 _expect(fds, 0)
                 return await self._forking(message)
             case protocol.GetStat():
-                return Answer(await service.stat(self._region(message.attachment, fds)))
+                return Answer(await service.views.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():
-                return await service.maps(self._region(message.attachment, fds), message)
+                return await service.views.maps(self._region(message.attachment, fds), message)
             case protocol.GetList():
                 _expect(fds, 0)
-                return service.listing(message)
+                return service.views.listing(message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is nothing a client may say here")
 

@@ -329,13 +329,13 @@ class MshareFs(pyfuse3.Operations):
         if inode == _METRICS:
             lifetimes = self._service.lifetimes
             return dump.metrics_text(
-                [await self._service.stat(r) for r in lifetimes.regions() if r.model.name]
+                [await self._service.views.stat(r) for r in lifetimes.regions() if r.model.name]
             ).encode()
         raise pyfuse3.FUSEError(errno.EISDIR)
 
     async def _info_file(self, region: Region, which: str) -> bytes:
         live = self._service.lifetimes.region(region)
-        stats = await self._service.stat(live)
+        stats = await self._service.views.stat(live)
         render = {
             "maps": lambda: dump.maps_text(region),
             "smaps": lambda: dump.smaps_text(region),

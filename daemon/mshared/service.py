@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import attrs
 import trio
 
 from mshared import apply, donations
-from mshared.backing import BackingStore, held
+from mshared.answers import Answer, Caller, Pending
+from mshared.backing import BackingStore
 from mshared.changes import Changes, Opened
-from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.snapshots import Snapshots, Wish
 from mshared.tickets import Ticket, read_ticket
+from mshared.views import Views
 from mshared.writeback import write_out
-from msharefs import dump, protocol
-from msharefs.addr import AddrRange
+from msharefs import protocol
 from msharefs.effects import Change
 from msharefs.errors import (
     AccessDeniedError,
@@ -34,7 +33,6 @@ from msharefs.errors import (
     TryAgainError,
 )
 from msharefs.namespace import Namespace, check_window
-from msharefs.perms import Credentials
 from msharefs.region import BackingKind, Region, RegionId
 
 INODES_A_REGION = 16
@@ -44,33 +42,6 @@ _CREATOR_PATIENCE = 0.05
 
 Not longer: the creator may be another thread of that client, and speaks on the same connection.
 """
-
-
-@attrs.frozen
-class Caller:
-    """Who is at the other end of a connection, as the kernel says."""
-
-    pid: int
-    who: Credentials
-
-
-@attrs.frozen
-class Pending:
-    """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches."""
-
-    region: LiveRegion
-    readonly: bool
-    creator: bool
-    donated: tuple[protocol.DonatedRange, ...] = ()
-
-
-@attrs.frozen
-class Answer:
-    """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set."""
-
-    reply: protocol.Reply
-    fds: tuple[int, ...] = ()
-    after: trio.Event | None = None
 
 
 class Service:
@@ -92,7 +63,7 @@ class Service:
         self.default_backing = default_backing
         self._changes = changes
         self._snapshots = Snapshots(namespace, lifetimes, store)
-        self._notes = notes
+        self.views = Views(namespace, lifetimes, notes)
 
     def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
         """Make a region and offer it to its creator, or say that it exists.
@@ -300,37 +271,6 @@ class Service:
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
         await self._snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
         return Answer(protocol.Done())
-
-    def listing(self, request: protocol.GetList) -> Answer:
-        """The regions of the mount, as many as one packet takes."""
-        self.lifetimes.sweep()
-        after = request.after
-        names = [dump.region_name(r) for r in self.namespace if after is None or (r.name or "") > after]
-        count = protocol.fitting(names)
-        return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
-
-    async def stat(self, region: LiveRegion) -> protocol.RegionStat:
-        """Everything known about a region, brought up to date first."""
-        self.lifetimes.sweep(region.attachments)
-        self.lifetimes.forks.look()
-        with region.backing.duplicate() as fd:
-            facts = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
-            await self._refresh(region, fd)
-        return dump.region_stat(region.model, facts)
-
-    async def maps(self, region: LiveRegion, request: protocol.GetMaps) -> Answer:
-        """The VMAs of a region, as many as one packet takes."""
-        with region.backing.duplicate() as fd:
-            await self._refresh(region, fd)
-        vmas = [vma for vma in dump.vmas(region.model) if request.after is None or vma.offset > request.after]
-        count = protocol.fitting(vmas)
-        return Answer(protocol.Maps(tuple(vmas[:count]), more=count < len(vmas)))
-
-    async def _refresh(self, region: LiveRegion, fd: int) -> None:
-        """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
-        model, whole = region.model, AddrRange.sized(0, region.model.ar.size)
-        present = await trio.to_thread.run_sync(held, fd, whole, model.backing, region.uffd_device)
-        model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
         """The region behind one of the caller's attachments."""

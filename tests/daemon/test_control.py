@@ -21,9 +21,9 @@ import trio.testing
 from trio.testing import MockClock
 
 from mshared import control
+from mshared.answers import Answer, Caller, Pending
 from mshared.changes import Opened
 from mshared.control import HELLO_PATIENCE, ControlServer
-from mshared.service import Answer, Caller, Pending
 from msharefs import protocol
 from msharefs.errors import NoSpaceError
 
@@ -36,6 +36,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.lifetimes = SimpleNamespace(fork_events=True)
+        self.views = SimpleNamespace(stat=self.stat)
         self.asked: list[object] = []
         self.callers: list[Caller] = []
         self.given_up: list[Pending] = []

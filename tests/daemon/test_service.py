@@ -12,14 +12,14 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mshared import apply, backing, donations
-from mshared import service as module
+from mshared import apply, backing, donations, service, views
+from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore, MemfdStore
 from mshared.changes import Opened
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
-from mshared.service import INODES_A_REGION, Caller, Pending, Service
+from mshared.service import INODES_A_REGION, Service
 from mshared.tickets import Ticket
 from msharefs import protocol, uffd_abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
@@ -70,9 +70,7 @@ class World:
             changes=changes,
         )
 
-    def create(
-        self, caller: Caller = ME, files: list[Opened] | None = None, **changed: Any
-    ) -> tuple[module.Answer, Pending]:
+    def create(self, caller: Caller = ME, files: list[Opened] | None = None, **changed: Any) -> tuple[Answer, Pending]:
         answer, pending = self.service.create(caller, request(**changed), files or [])
         assert pending is not None
         return answer, pending
@@ -439,14 +437,14 @@ class TestAttach:
         """Have the next descriptor stand for something."""
 
         def stand_for(inode: int, *, writable: bool = True) -> None:
-            monkeypatch.setattr(module, "read_ticket", lambda _fd, _device: Ticket(inode, writable))
+            monkeypatch.setattr(service, "read_ticket", lambda _fd, _device: Ticket(inode, writable))
 
         return stand_for
 
     def run(
         self, world: World, caller: Caller = ME, addr: int | None = None, length: int = 0
-    ) -> tuple[module.Answer, Pending]:
-        async def main() -> tuple[module.Answer, Pending]:
+    ) -> tuple[Answer, Pending]:
+        async def main() -> tuple[Answer, Pending]:
             return await world.service.attach(caller, protocol.Attach(addr, length), -1, DEVICE)
 
         return trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -670,7 +668,7 @@ class TestUnlinkAndRemove:
     def test_the_listing_has_what_has_a_name_and_is_ready(self, world: World) -> None:
         self.ready(world, 1)
         world.create(name="unready")
-        reply = world.service.listing(protocol.GetList()).reply
+        reply = world.service.views.listing(protocol.GetList()).reply
         assert isinstance(reply, protocol.Listing)
         assert [(each.name, each.attached) for each in reply.regions] == [("it", 1)]
         assert not reply.more
@@ -684,10 +682,10 @@ class TestLooking:
         region = pending.region
         world.attach(region, os.getpid())
         os.pwrite(region.backing.fd, b"x", 5 * PAGE_SIZE)
-        stat = trio.run(world.service.stat, region)
+        stat = trio.run(world.service.views.stat, region)
         assert (stat.resident, stat.attached, stat.vmas) == (PAGE_SIZE, 1, 1)
         assert stat.table_bytes_kernel > 0
-        answer = trio.run(world.service.maps, region, protocol.GetMaps())
+        answer = trio.run(world.service.views.maps, region, protocol.GetMaps())
         assert isinstance(answer.reply, protocol.Maps)
         assert [(vma.offset, vma.length, vma.resident) for vma in answer.reply.vmas] == [(0, PMD_SIZE, PAGE_SIZE)]
 
@@ -695,14 +693,14 @@ class TestLooking:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _, pending = world.create()
-        read = module.read_kernel
+        read = views.read_kernel
 
         def read_late(*args: Any) -> Any:
             trio.from_thread.run_sync(world.service.give_up, pending)
             return read(*args)
 
-        monkeypatch.setattr(module, "read_kernel", read_late)
-        assert trio.run(world.service.stat, pending.region).resident == 0
+        monkeypatch.setattr(views, "read_kernel", read_late)
+        assert trio.run(world.service.views.stat, pending.region).resident == 0
 
 
 class TestWhatComesUponAChange:

@@ -1,0 +1,37 @@
+"""What passes between the control socket and the service: who asks, what is offered, what is answered."""
+
+from __future__ import annotations
+
+import attrs
+import trio
+
+from mshared.live import LiveRegion
+from msharefs import protocol
+from msharefs.perms import Credentials
+
+
+@attrs.frozen
+class Caller:
+    """Who is at the other end of a connection, as the kernel says."""
+
+    pid: int
+    who: Credentials
+
+
+@attrs.frozen
+class Pending:
+    """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches."""
+
+    region: LiveRegion
+    readonly: bool
+    creator: bool
+    donated: tuple[protocol.DonatedRange, ...] = ()
+
+
+@attrs.frozen
+class Answer:
+    """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set."""
+
+    reply: protocol.Reply
+    fds: tuple[int, ...] = ()
+    after: trio.Event | None = None

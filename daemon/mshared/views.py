@@ -1,0 +1,55 @@
+"""What is told about regions: lists, statistics, maps. Nothing changes but the tables, which are brought up to date."""
+
+from __future__ import annotations
+
+import trio
+
+from mshared.answers import Answer
+from mshared.backing import held
+from mshared.facts import read_kernel
+from mshared.lifetimes import Lifetimes
+from mshared.live import LiveRegion
+from msharefs import dump, protocol
+from msharefs.addr import AddrRange
+from msharefs.namespace import Namespace
+from msharefs.region import BackingKind
+
+
+class Views:
+    """What anybody may know who may know of the region. ``notes``: what the machine lacks, in words."""
+
+    def __init__(self, namespace: Namespace, lifetimes: Lifetimes, notes: tuple[str, ...] = ()) -> None:
+        self._namespace = namespace
+        self._lifetimes = lifetimes
+        self._notes = notes
+
+    def listing(self, request: protocol.GetList) -> Answer:
+        """The regions of the mount, as many as one packet takes."""
+        self._lifetimes.sweep()
+        after = request.after
+        names = [dump.region_name(r) for r in self._namespace if after is None or (r.name or "") > after]
+        count = protocol.fitting(names)
+        return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
+
+    async def stat(self, region: LiveRegion) -> protocol.RegionStat:
+        """Everything known about a region, brought up to date first."""
+        self._lifetimes.sweep(region.attachments)
+        self._lifetimes.forks.look()
+        with region.backing.duplicate() as fd:
+            facts = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
+            await self.refresh(region, fd)
+        return dump.region_stat(region.model, facts)
+
+    async def maps(self, region: LiveRegion, request: protocol.GetMaps) -> Answer:
+        """The VMAs of a region, as many as one packet takes."""
+        with region.backing.duplicate() as fd:
+            await self.refresh(region, fd)
+        vmas = [vma for vma in dump.vmas(region.model) if request.after is None or vma.offset > request.after]
+        count = protocol.fitting(vmas)
+        return Answer(protocol.Maps(tuple(vmas[:count]), more=count < len(vmas)))
+
+    async def refresh(self, region: LiveRegion, fd: int) -> None:
+        """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
+        model, whole = region.model, AddrRange.sized(0, region.model.ar.size)
+        present = await trio.to_thread.run_sync(held, fd, whole, model.backing, region.uffd_device)
+        model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)
