@@ -65,10 +65,9 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     frame = mm.table.frame_at(page.start) if mm.rule.forked is not Arming.NATIVE else None
     if frame is not None and store_of(frame) != mm.store:
         return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
-    source = vma.source_at(page.start) if vma.source is not None else None
-    if source is not None:
+    if vma.source is not None:
         mm.missed(page)
-        return Resolution(Fill(page, source.file, source.offset), vma)
+        return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start), vma)
     if frame is None:  # Else it came while the thread stopped, and relatives may refer to it by now.
         mm.enter(page, pte_flags(vma.prot))
     return Resolution(ZeroFill(page, vma.reports_stores), vma)

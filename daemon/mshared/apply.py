@@ -158,7 +158,11 @@ def fill(attachment: LiveAttachment, ar: AddrRange, source: int, *, protected: b
     """
     if attachment.model.readonly:
         return Outcome.UNMAPPED  # A private mapping: what is put there is not the region's.
-    return attempt(attachment, partial(attachment.uffd.copy_from, attachment.guest(ar), source, protected=protected))
+    try:
+        attachment.uffd.copy_from(attachment.guest(ar), source, protected=protected)
+    except OSError as error:
+        return outcome_of(attachment, error)
+    return Outcome.SERVED
 
 
 def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:

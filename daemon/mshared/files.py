@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import struct
+import time
 from typing import Final
 
 from mshared import libc
@@ -14,6 +16,10 @@ from mshared import libc
 _TMPFS_MAGIC: Final = 0x01021994
 _SYSINFO: Final = struct.Struct("=8x24x32xQQ32x")
 """struct sysinfo of x86-64: of all its fields totalswap and freeswap are read."""
+
+
+SWAP_NEWS: Final = 0.01
+"""Seconds for which what the system said of its swap is believed: asking takes longer than reading a page."""
 
 
 class Buffer:
@@ -36,7 +42,7 @@ class MappedFile:
         """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
         flags = os.RWF_NOWAIT
         if self._in_memory:  # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
-            if _anything_swapped():
+            if _swap.in_use(time.monotonic()):
                 return False
             flags = 0
         try:
@@ -67,3 +73,20 @@ def _anything_swapped() -> bool:
     """Whether some memory of the machine lies on a disk (sysinfo(2))."""
     total, free = _SYSINFO.unpack(libc.sysinfo())
     return bool(total != free)
+
+
+class Swap:
+    """Whether some memory of the machine lies on a disk, as of a moment ago."""
+
+    def __init__(self) -> None:
+        self._in_use = True
+        self._until = -math.inf
+
+    def in_use(self, now: float) -> bool:
+        """``now`` is in seconds."""
+        if now >= self._until:
+            self._in_use, self._until = _anything_swapped(), now + SWAP_NEWS
+        return self._in_use
+
+
+_swap: Final = Swap()

@@ -27,7 +27,7 @@ from msharefs.vma import FileSource, Vma
 log = logging.getLogger(__name__)
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Waiting:
     """A fault as it was reported."""
 
@@ -52,15 +52,16 @@ class Filling:
         What the system has in memory is put in place at once. Preconditions: ``vma`` covers the page.
         """
         page, region = fill.ar, fault.attachment.region
-        under_way = _piece_with(region.reading, page.start)
+        reading = region.reading
+        under_way = _piece_with(reading, page.start) if reading.under_way else None
         if under_way is not None:
             self._waiting[region.model.id, under_way.start].append(fault)
             return
-        piece, ahead = region.reading.readahead.next(page, vma)
+        piece, ahead = reading.readahead.next(page, vma)
         if ahead is None and self._fill_now(fault, fill, vma, piece):
             return
         self._enqueue(region, piece).append(fault)
-        if ahead is not None and _piece_with(region.reading, ahead.start) is None:
+        if ahead is not None and _piece_with(reading, ahead.start) is None:
             self._enqueue(region, ahead)
 
     def _enqueue(self, region: LiveRegion, piece: AddrRange) -> list[Waiting]:

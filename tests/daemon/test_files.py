@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mshared import files
-from mshared.files import Buffer, MappedFile
+from mshared.files import SWAP_NEWS, Buffer, MappedFile, Swap
 from msharefs.addr import PAGE_SIZE
 
 CONTENT = bytes(range(256)) * 64
@@ -60,6 +60,7 @@ def test_memory_that_may_be_swapped_out_is_not_read_at_once(monkeypatch: pytest.
     fd = os.memfd_create("tmpfs")
     os.write(fd, CONTENT)
     in_memory = MappedFile(fd)
+    monkeypatch.setattr(files, "_swap", Swap())
     monkeypatch.setattr(files, "_anything_swapped", lambda: True)
     try:
         assert not in_memory.read_now(Buffer(PAGE_SIZE), PAGE_SIZE, 0)
@@ -85,3 +86,10 @@ def test_the_buffer_stands_where_it_says() -> None:
 def test_whether_anything_is_swapped_out_agrees_with_proc() -> None:
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     assert files._anything_swapped() == (fields["SwapTotal"].split() != fields["SwapFree"].split())
+
+
+def test_what_is_known_of_the_swap_is_soon_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, True])
+    monkeypatch.setattr(files, "_anything_swapped", lambda: next(answers))
+    swap = Swap()
+    assert [swap.in_use(now) for now in (5.0, 5.0 + SWAP_NEWS / 2, 5.0 + 2 * SWAP_NEWS)] == [False, False, True]
