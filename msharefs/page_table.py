@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from typing import Final
 
 import attrs
 
@@ -30,6 +31,9 @@ from msharefs.tables import Directory, Leaf, entry_index, entry_span, forked, is
 LEVEL_NAMES = {4: ("pte", "pmd", "pud", "pgd"), 5: ("pte", "pmd", "pud", "p4d", "pgd")}
 """Names of the levels, lowest first, for tables of 4 and of 5 levels."""
 
+_MOST_RECENT: Final = 4096
+"""Leaf tables that one looks up without a walk; 8 GiB."""
+
 
 class PageTable:
     """The page tables of one host mm.
@@ -47,9 +51,8 @@ class PageTable:
         """How many tables exist a level, lowest first."""
         self.pages = 0
         """4 KiB pages installed as such."""
-        self._last_start = -1
-        self._last_leaf = Leaf()
-        """The leaf table that was looked up last, and where it starts: faults come in crowds."""
+        self._recent: dict[int, Leaf] = {}
+        """Leaf tables that were looked up and are ours alone, by address // 2 MiB (compare a page-walk cache)."""
         self.huge_pages = 0
         """2 MiB leaves installed."""
 
@@ -65,7 +68,7 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        table: Directory | Leaf = self._last_leaf if addr & -PMD_SIZE == self._last_start else self._top
+        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self._top)
         while isinstance(table, Directory):
             below = table.entries.get(entry_index(addr, table.level))
             if below is None:
@@ -124,7 +127,7 @@ class PageTable:
 
         Leaf tables are shared, at the cost of a reference each; a 2 MiB leaf is an entry of both, protected.
         """
-        self._last_start = -1
+        self._recent.clear()
         twin = PageTable(self.levels)
         twin._top = forked(self._top)
         twin.tables, twin.pages, twin.huge_pages = list(self.tables), self.pages, self.huge_pages
@@ -135,7 +138,7 @@ class PageTable:
         for leaf in leaves(self._top):
             leaf.dropped()
         self._top.entries.clear()
-        self._last_start = -1
+        self._recent.clear()
         self.tables = [0] * (self.levels - 1) + [1]
         self.pages = self.huge_pages = 0
 
@@ -247,16 +250,15 @@ class PageTable:
 
     def _leaf(self, addr: Address) -> Leaf:
         """The leaf table for ``addr``, made when it is not there; a 2 MiB leaf is split (compare __split_huge_pmd)."""
-        start = addr & -PMD_SIZE
-        if start == self._last_start:
-            return self._last_leaf
+        known = self._recent.get(addr // PMD_SIZE)
+        if known is not None:
+            return known
         pmd = self._pmd(addr)
         below = pmd.entries.get(entry_index(addr, 1))
         if isinstance(below, Leaf):
             if below.refs > 1:
                 below = pmd.entries[entry_index(addr, 1)] = below.broken()
-            self._last_start, self._last_leaf = start, below
-            return below
+            return self._remember(addr, below)
         leaf = Leaf()
         pmd.entries[entry_index(addr, 1)] = leaf
         self.tables[0] += 1
@@ -265,6 +267,12 @@ class PageTable:
             leaf.put(0, array("Q", range(first, first + PMD_SIZE, PAGE_SIZE)))
             self.huge_pages -= 1
             self.pages += TABLE_ENTRIES
+        return self._remember(addr, leaf)
+
+    def _remember(self, addr: Address, leaf: Leaf) -> Leaf:
+        if len(self._recent) >= _MOST_RECENT:
+            self._recent.clear()
+        self._recent[addr // PMD_SIZE] = leaf
         return leaf
 
     def _put(self, addr: Address, words: array[int]) -> None:
@@ -297,7 +305,7 @@ class PageTable:
                 self._put(piece.start, array("Q", bytes(8 * (piece.size // PAGE_SIZE))))
                 empty = not below.used
             if empty:
-                self._last_start = -1
+                self._recent.clear()
                 del table.entries[index]
                 self.tables[below.level] -= 1
 

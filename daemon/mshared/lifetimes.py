@@ -217,7 +217,7 @@ class Lifetimes:
     def _add(self, live: LiveAttachment) -> None:
         self._attachments[live.model.id] = live
         live.region.attachments.append(live)
-        self._pager.add(live.uffd.fd, lambda: self._on_messages(live))
+        self._pager.add(live.uffd.fd, partial(self._on_messages, live))
 
     def _watch_process(self, pid: int) -> None:
         if pid in self._pidfds:
