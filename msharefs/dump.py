@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 
 import attrs
 
-from msharefs import forking
+from msharefs import forking, histogram
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.page_table import LEVEL_NAMES
 from msharefs.pte import PteFlag
@@ -54,6 +55,7 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
     tables = region.mm.table
     shared = forking.shared_bytes(region.mm) // PAGE_SIZE
     notes = (*facts.notes, sharing(region), *_hugeness(region, facts))
+    buckets = region.latency.buckets()
     return RegionStat(
         name=region.name or "",
         address=region.ar.start,
@@ -78,6 +80,10 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         pages_private=tables.resident // PAGE_SIZE - shared,
         copied=facts.copied,
         breaks=region.breaks,
+        fault_p50_ns=histogram.quantile(buckets, 0.5),
+        fault_p99_ns=histogram.quantile(buckets, 0.99),
+        fault_total_ns=region.latency.total,
+        fault_buckets=buckets,
         tables_shared=region.tables_shared,
         huge_bytes=facts.huge,
         notes=notes,
@@ -182,12 +188,14 @@ def stat_text(stat: RegionStat) -> str:
     """One ``key value`` line a field."""
     lines = []
     for key, value in attrs.asdict(stat, recurse=False).items():
-        if value is None:
+        if value is None or value == ():
             continue
         if key == "notes":
             lines += [f"note {note}\n" for note in value]
         elif isinstance(value, Mapping):
             lines.append(f"{key} {' '.join(f'{name}={count}' for name, count in value.items())}\n")
+        elif isinstance(value, tuple):
+            lines.append(f"{key} {' '.join(map(str, value))}\n")
         elif key in ("address", "mode"):
             lines.append(f"{key} {value:{'#x' if key == 'address' else '04o'}}\n")
         else:
@@ -202,11 +210,25 @@ def metrics_text(stats: Iterable[RegionStat]) -> str:
     lines = ["# TYPE msharefs_regions gauge\n", f"msharefs_regions {len(stats)}\n"]
     for metric, kind, field in _METRICS:
         lines.append(f"# TYPE msharefs_region_{metric} {kind}\n")
-        for stat in stats:
-            label = stat.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-            label = label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            lines.append(f'msharefs_region_{metric}{{region="{label}"}} {getattr(stat, field)}\n')
+        lines += [f'msharefs_region_{metric}{{region="{_label(s)}"}} {getattr(s, field)}\n' for s in stats]
+    lines.append("# TYPE msharefs_region_fault_seconds histogram\n")
+    for stat in stats:
+        lines += _histogram_lines(stat)
     return "".join(lines)
+
+
+def _histogram_lines(stat: RegionStat) -> Iterator[str]:
+    name, label, seen = "msharefs_region_fault_seconds", f'region="{_label(stat)}"', 0
+    for bound, count in zip_longest((*histogram.BOUNDS, None), stat.fault_buckets, fillvalue=0):
+        seen += count
+        yield f'{name}_bucket{{{label},le="{"+Inf" if bound is None else bound / 1e9}"}} {seen}\n'
+    yield f"{name}_sum{{{label}}} {stat.fault_total_ns / 1e9}\n"
+    yield f"{name}_count{{{label}}} {seen}\n"
+
+
+def _label(stat: RegionStat) -> str:
+    label = stat.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 _ESCAPES = str.maketrans({"\\": r"\134", "\n": r"\012"})

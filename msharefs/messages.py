@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from msharefs.addr import PAGE_SIZE
-from msharefs.reports import RegionName, RegionStat, Vma
+from msharefs.reports import Refusal, RegionName, RegionStat, TraceEvent, Vma
 
 
 @attrs.frozen
@@ -287,6 +287,24 @@ class GetList:
 
 
 @attrs.frozen
+class GetRefusals:
+    """Client: list the last touches that were refused, in regions that I may read. ``after``: from that number on."""
+
+    after: int = 0
+
+
+@attrs.frozen
+class GetTrace:
+    """Client: list the faults of a region after that number; None: none yet, but start. One descriptor: its file.
+
+    The file must be opened for writing too, or the region be the caller's. Faults are recorded as long as somebody asks
+    every few seconds, so and so many.
+    """
+
+    after: int | None = None
+
+
+@attrs.frozen
 class Done:
     """Daemon: it is done."""
 
@@ -315,9 +333,29 @@ class Listing:
     more: bool = False
 
 
+@attrs.frozen
+class Refusals:
+    """Daemon: what was refused, by number; ``more`` when not all fit into a packet."""
+
+    refusals: tuple[Refusal, ...]
+    more: bool = False
+
+
+@attrs.frozen
+class Traced:
+    """Daemon: faults up to number ``last``, after ``lost`` that came too fast; ``more`` when there are others."""
+
+    events: tuple[TraceEvent, ...]
+    last: int
+    lost: int = 0
+    more: bool = False
+
+
 Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
 Forking = Fork | Snapshot | Forget | Take
 Changing = Mmap | Munmap | Mprotect | Madvise | Msync
-Request = Attaching | Forking | Changing | GetStat | GetMaps | GetList
-Reply = Welcome | Snapshots | Exists | Offer | Attached | Done | Failed | RegionStat | Maps | Listing | Placed
+Looking = GetStat | GetMaps | GetList | GetRefusals | GetTrace
+Request = Attaching | Forking | Changing | Looking
+Told = RegionStat | Maps | Listing | Refusals | Traced
+Reply = Welcome | Snapshots | Exists | Offer | Attached | Done | Failed | Placed | Told
 Message = Request | Reply

@@ -38,9 +38,12 @@ from msharefs.messages import Fork as Fork
 from msharefs.messages import Forking as Forking
 from msharefs.messages import GetList as GetList
 from msharefs.messages import GetMaps as GetMaps
+from msharefs.messages import GetRefusals as GetRefusals
 from msharefs.messages import GetStat as GetStat
+from msharefs.messages import GetTrace as GetTrace
 from msharefs.messages import Hello as Hello
 from msharefs.messages import Listing as Listing
+from msharefs.messages import Looking as Looking
 from msharefs.messages import Madvise as Madvise
 from msharefs.messages import Mapped as Mapped
 from msharefs.messages import Maps as Maps
@@ -51,6 +54,7 @@ from msharefs.messages import Msync as Msync
 from msharefs.messages import Munmap as Munmap
 from msharefs.messages import Offer as Offer
 from msharefs.messages import Placed as Placed
+from msharefs.messages import Refusals as Refusals
 from msharefs.messages import Remove as Remove
 from msharefs.messages import Reply as Reply
 from msharefs.messages import Request as Request
@@ -58,10 +62,13 @@ from msharefs.messages import Settled as Settled
 from msharefs.messages import Snapshot as Snapshot
 from msharefs.messages import Snapshots as Snapshots
 from msharefs.messages import Take as Take
+from msharefs.messages import Traced as Traced
 from msharefs.messages import Unlink as Unlink
 from msharefs.messages import Welcome as Welcome
+from msharefs.reports import Refusal as Refusal
 from msharefs.reports import RegionName as RegionName
 from msharefs.reports import RegionStat as RegionStat
+from msharefs.reports import TraceEvent as TraceEvent
 from msharefs.reports import Vma as Vma
 
 MAGIC: Final = b"MSHR"
@@ -95,6 +102,8 @@ _OPS: Final[dict[str, type[Any]]] = {
     "get_stat": GetStat,
     "get_maps": GetMaps,
     "get_list": GetList,
+    "get_refusals": GetRefusals,
+    "get_trace": GetTrace,
     "mmap": Mmap,
     "munmap": Munmap,
     "mprotect": Mprotect,
@@ -110,6 +119,8 @@ _OPS: Final[dict[str, type[Any]]] = {
     "region_stat": RegionStat,
     "maps": Maps,
     "listing": Listing,
+    "refusals": Refusals,
+    "traced": Traced,
 }
 _NAMES: Final = {cls: op for op, cls in _OPS.items()}
 
@@ -156,7 +167,7 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
     return HEADER.pack(MAGIC, VERSION, descriptors) + json.dumps(body, separators=(",", ":")).encode()
 
 
-def fitting(items: Sequence[RegionName] | Sequence[Vma]) -> int:
+def fitting(items: Sequence[RegionName | Vma | Refusal | TraceEvent]) -> int:
     """How many of ``items``, from the first on, go into one packet."""
     room = MAX_PACKET - _ROOM_FOR_THE_REST
     for count, item in enumerate(items):

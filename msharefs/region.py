@@ -8,6 +8,7 @@ from typing import NewType
 import attrs
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, PUD_SIZE, Address, AddrRange, Offset
+from msharefs.histogram import LatencyHistogram
 from msharefs.host_mm import HostMm
 from msharefs.perms import Ownership
 from msharefs.vma import Vma
@@ -69,7 +70,7 @@ class Region:
 
     ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the
     name, at that time, of the region that this is a fork of, ``breaks`` how often a touch of a page that relatives have
-    in common was served.
+    in common was served, ``latency`` how long faults took from when the daemon read of them to the answer.
     """
 
     id: RegionId
@@ -82,6 +83,7 @@ class Region:
     unshared: Unshared | None = None
     origin: str | None = None
     breaks: int = 0
+    latency: LatencyHistogram = attrs.Factory(LatencyHistogram)
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
 
     @property

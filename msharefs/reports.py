@@ -19,6 +19,9 @@ class RegionStat:
     Of forks: ``origin`` is the name of the region that this one is a fork of, None if it is none. Leaf tables and pages
     (of 4 KiB) are shared with relatives, or private; a 2 MiB leaf is 512 pages. ``copied`` are the bytes that were
     copied between all relatives so far, ``breaks`` the touches of this region that made it necessary.
+
+    How long faults took from when the daemon read of them to the answer: ``fault_p50_ns``, ``fault_p99_ns`` in
+    nanoseconds, ``fault_buckets`` counts by the bounds of ``msharefs.histogram``, ``fault_total_ns`` their sum.
     """
 
     name: str
@@ -47,6 +50,10 @@ class RegionStat:
     pages_private: int = 0
     copied: int = 0
     breaks: int = 0
+    fault_p50_ns: int = 0
+    fault_p99_ns: int = 0
+    fault_total_ns: int = 0
+    fault_buckets: tuple[int, ...] = ()
 
 
 @attrs.frozen
@@ -83,3 +90,47 @@ class RegionName:
     gid: int
     mode: int
     attached: int
+
+
+@attrs.frozen
+class Refusal:
+    """A touch that was refused. ``number`` grows with each; ``time_ns`` is the wall clock's.
+
+    ``address`` is that of the process, ``offset`` inside the region, None where the process had moved the memory out of
+    its window. ``access``: read, write, or touch where that is not known. ``sent``: SIGBUS or SIGSEGV, EFAULT where a
+    system call was made to fail, SIGKILL where that was not possible. ``cause``: hole (nothing is mapped there),
+    protection, file (nothing there, or it could not be read), memory (too little), moved. Of the mapping that lay
+    there, where one did: where it starts, its length, protection as PROT_*, and file.
+    """
+
+    number: int
+    time_ns: int
+    region: str
+    pid: int | None
+    tid: int
+    address: int
+    offset: int | None
+    access: str
+    sent: str
+    cause: str
+    vma_offset: int | None = None
+    vma_length: int | None = None
+    prot: int | None = None
+    file: int | None = None
+
+
+@attrs.frozen
+class TraceEvent:
+    """A fault that the daemon answered: when it came in, on the monotonic clock, and how long that took.
+
+    ``pid`` 0: a forked child not told apart yet; ``tid`` as the process's own pid namespace has it. ``access``: read or
+    write. ``how``: zero (a fresh page), file, copy (of a page shared with forks), allow (the store may go on), refuse.
+    """
+
+    time_ns: int
+    duration_ns: int
+    pid: int
+    tid: int
+    offset: int
+    access: str
+    how: str

@@ -33,6 +33,7 @@ from msharefs.effects import (
     ZeroFill,
 )
 from msharefs.errors import InternalError, NoMemoryError
+from msharefs.perms import Access
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
@@ -115,7 +116,9 @@ def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Call
     insist(attachment, work, read_events)
 
 
-def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: Answer) -> Outcome:
+def answer_fault(
+    attachment: LiveAttachment, addr: Address, tid: int, effect: Answer, access: Access | None = None
+) -> Outcome:
     """Do what the model decided about the thread ``tid`` that waits at ``addr`` (its own address)."""
     match effect:
         case ZeroFill():
@@ -123,7 +126,7 @@ def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: An
             if outcome in (Outcome.EXISTS, Outcome.UNMAPPED):
                 if _no_memory(attachment.region, effect.ar):
                     log.warning("%s: no memory for a page at %#x", attachment, addr)
-                    return refusals.refuse(attachment, addr, tid, Signal.SIGBUS)
+                    return refusals.refuse(attachment, addr, tid, Signal.SIGBUS, access=access)
                 wake(attachment, attachment.guest(effect.ar))
             return outcome
         case Allow():
@@ -132,7 +135,7 @@ def answer_fault(attachment: LiveAttachment, addr: Address, tid: int, effect: An
         case Fill() | Bring() | Preserve():
             raise InternalError(f"{effect} is more than an answer: see mshared.filling and mshared.family")
         case Deliver(signal):
-            return refusals.refuse(attachment, addr, tid, signal)
+            return refusals.refuse(attachment, addr, tid, signal, access=access)
 
 
 def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:

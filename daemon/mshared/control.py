@@ -209,15 +209,31 @@ class _Connection:
             case protocol.Fork() | protocol.Snapshot() | protocol.Forget() | protocol.Take():
                 _expect(fds, 0)
                 return await self._forking(message)
-            case protocol.GetStat():
-                return Answer(await service.views.stat(self._region(message.attachment, fds)))
-            case protocol.GetMaps():
-                return await service.views.maps(self._region(message.attachment, fds), message)
-            case protocol.GetList():
-                _expect(fds, 0)
-                return service.views.listing(message)
+            case (
+                protocol.GetStat()
+                | protocol.GetMaps()
+                | protocol.GetList()
+                | protocol.GetRefusals()
+                | protocol.GetTrace()
+            ):
+                return await self._told(message, fds)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is nothing a client may say here")
+
+    async def _told(self, message: protocol.Looking, fds: list[int]) -> Answer:
+        service, views = self._service, self._service.views
+        match message:
+            case protocol.GetStat():
+                return Answer(await views.stat(self._region(message.attachment, fds)))
+            case protocol.GetMaps():
+                return await views.maps(self._region(message.attachment, fds), message)
+            case protocol.GetTrace():
+                _expect(fds, 1)
+                return views.trace(service.traced_region(self.caller, read_ticket(fds[0], self._device)), message)
+        _expect(fds, 0)
+        if isinstance(message, protocol.GetList):
+            return views.listing(message)
+        return views.refusals(self.caller, message)
 
     async def _created(self, message: protocol.Create, fds: list[int]) -> Answer:
         _expect(fds, len({part.file.descriptor for part in message.donated if part.file}))

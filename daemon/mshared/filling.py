@@ -15,11 +15,11 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from mshared import apply, files
+from mshared import apply, files, observed
 from mshared.live import LiveAttachment, LiveRegion, Reading
 from mshared.uffd import Outcome
 from msharefs.addr import Address, AddrRange, round_up
-from msharefs.effects import Deliver, Fill, Signal
+from msharefs.effects import Answer, Deliver, Fill, Signal
 from msharefs.perms import PROT_RW
 from msharefs.readahead import MOST
 from msharefs.vma import FileSource, Vma
@@ -29,18 +29,19 @@ log = logging.getLogger(__name__)
 
 @attrs.define(eq=False)
 class Waiting:
-    """A fault as it was reported."""
+    """A fault as it was reported; ``since`` when, in nanoseconds of the monotonic clock."""
 
     attachment: LiveAttachment
     flags: int
     addr: int
     tid: int
+    since: int
 
 
 class Filling:
     """Reads what faults wait for. ``decide`` decides a fault anew."""
 
-    def __init__(self, decide: Callable[[LiveAttachment, int, int, int], None]) -> None:
+    def __init__(self, decide: Callable[[Waiting], None]) -> None:
         self._decide = decide
         self._waiting: dict[tuple[int, int], list[Waiting]] = {}
         self._buffer = files.Buffer(MOST)
@@ -98,6 +99,7 @@ class Filling:
             return True
         if not awake:
             apply.wake(attachment, fault.attachment.page_at(fault.addr))
+        _served(fault, Fill)
         return True
 
     async def run(self) -> None:
@@ -156,11 +158,12 @@ class Filling:
         if region.closed or model.id not in region.model.attachments:
             return
         if not beyond:
-            self._decide(fault.attachment, fault.flags, fault.addr, fault.tid)
+            self._decide(fault)
         elif host >= beyond:
             _refuse(fault)
         else:
             apply.wake(fault.attachment, fault.attachment.page_at(fault.addr))
+            _served(fault, Fill)
 
 
 class _Gone(Exception):
@@ -169,8 +172,13 @@ class _Gone(Exception):
 
 def _refuse(fault: Waiting) -> None:
     """Give who waits a SIGBUS, as the kernel does past a file's end, or without memory."""
-    addr = Address(fault.addr)
-    apply.answer_fault(fault.attachment, addr, fault.tid, Deliver(Signal.SIGBUS, addr))
+    addr, access = Address(fault.addr), observed.access_of(fault.flags)
+    apply.answer_fault(fault.attachment, addr, fault.tid, Deliver(Signal.SIGBUS, addr), access)
+    _served(fault, Deliver)
+
+
+def _served(fault: Waiting, how: type[Answer]) -> None:
+    observed.served(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since, how)
 
 
 def _log_short(region: LiveRegion, error: OSError) -> None:

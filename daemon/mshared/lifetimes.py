@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
+import attrs
 import trio
 
-from mshared import apply, processes, refusals
+from mshared import apply, observed, processes, refusals
 from mshared.backing import Backing
 from mshared.family import Family
 from mshared.filling import Filling, Waiting
@@ -61,8 +62,9 @@ class Lifetimes:
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
         self._pidfds: dict[int, int] = {}
         self.forks = Forks(self._on_child_found)
-        self.filling = Filling(self._on_fault)
+        self.filling = Filling(self._again)
         self.settling = Settling(self.read_events)
+        self.journal = observed.Journal()
 
     @property
     def fork_events(self) -> bool:
@@ -80,7 +82,7 @@ class Lifetimes:
 
     def add_region(self, model: Region, backing: Backing, family: Family | None = None) -> LiveRegion:
         """Take over a new region and its files."""
-        live = LiveRegion(model, backing, self.uffd_device, family or Family())
+        live = LiveRegion(model, backing, self.uffd_device, family or Family(), journal=self.journal)
         self._regions[model.id] = live
         return live
 
@@ -241,87 +243,89 @@ class Lifetimes:
 
     def _on_messages(self, live: LiveAttachment) -> None:
         data = live.uffd.read()
+        since = time.monotonic_ns()
         for at in range(0, len(data), abi.MESSAGE_SIZE):
             event = data[at]
             if event == abi.Event.PAGEFAULT:
                 _, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack_from(data, at)
-                self._on_fault(live, flags, addr, tid)
+                self._on_fault(live, flags, addr, tid, since)
             elif event == abi.Event.FORK:
                 self._on_fork(live, abi.FORK_STRUCT.unpack_from(data, at)[1])
             elif event == abi.Event.REMAP:
                 self._on_moved(live, *abi.REMAP_STRUCT.unpack_from(data, at)[1:])
 
-    def _on_fault(self, live: LiveAttachment, flags: int, addr: int, tid: int) -> None:
+    def _on_fault(self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int) -> None:
         """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
         region = live.region.model
         if live.model.id not in self._attachments or addr not in live.model.window:
-            self._on_stray(live, flags, addr, tid)
+            self._on_stray(Waiting(live, flags, addr, tid, since))
             return
         if live.region.changing:
-            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+            self._pager.later(lambda: self._on_fault(live, flags, addr, tid, since))
             return
         host = Address(addr - live.distance)
         access = Access.WRITE if flags & _STORE else Access.READ
         resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP)))
         if not isinstance(resolution.effect, _ANSWERED_AT_ONCE):
-            self._see_to(live, flags, addr, tid, resolution)
+            self._see_to(Waiting(live, flags, addr, tid, since), resolution)
             return
-        outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect)
+        outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect, access)
         if outcome is Outcome.SERVED:
             region.count_served(resolution.vma)
+            observed.served(live, flags, addr, tid, since, type(resolution.effect))
         elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+            self._pager.later(lambda: self._on_fault(live, flags, addr, tid, since))
 
-    def _see_to(self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution) -> None:
+    def _again(self, fault: Waiting) -> None:
+        self._on_fault(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since)
+
+    def _see_to(self, fault: Waiting, resolution: Resolution) -> None:
         """What takes more than an answer."""
         effect, vma = resolution.effect, resolution.vma
         if isinstance(effect, Fill) and vma is not None:
-            live.region.model.count_served(vma)
-            self.filling.request(effect, vma, Waiting(live, flags, addr, tid))
+            fault.attachment.region.model.count_served(vma)
+            self.filling.request(effect, vma, fault)
         elif isinstance(effect, Deliver):
-            self._refuse(live, flags, addr, tid, resolution)
+            self._refuse(fault, resolution)
         else:
-            self._copy_first(Waiting(live, flags, addr, tid), resolution)
+            self._copy_first(fault, resolution)
 
     def _on_moved(self, live: LiveAttachment, start: int, to: int, length: int) -> None:
         """A process has moved memory, as armed as it was: to its place in the window, if it was staged."""
         moved = (start, to, length)
         live.staged = [each for each in live.staged if (each.addr, live.guest(each.ar).start, each.ar.size) != moved]
 
-    def _on_stray(self, live: LiveAttachment, flags: int, addr: int, tid: int) -> None:
+    def _on_stray(self, fault: Waiting) -> None:
         """A touch of what a process has moved out of its window: that is no memory of the region any more."""
-        if live.model.id not in self._attachments:
+        if fault.attachment.model.id not in self._attachments:
             return
-        self._refuse(live, flags, addr, tid, Resolution(Deliver(Signal.SIGBUS, Address(addr))))
+        self._refuse(fault, Resolution(Deliver(Signal.SIGBUS, Address(fault.addr))))
 
-    def _refuse(self, live: LiveAttachment, flags: int, addr: int, tid: int, resolution: Resolution) -> None:
+    def _refuse(self, fault: Waiting, resolution: Resolution) -> None:
         """Refuse a fault; a page that is missing and may be loaded can be had."""
         readable = resolution.vma is not None and Access.READ.allowed_by(resolution.vma.prot)
-        protected = bool(flags & abi.FLAG_WP) and (readable or addr not in live.model.window)
-        bring = partial(self._on_fault, live, 0, addr, tid) if readable and not protected else None
-        self._refuse_now(live, flags, addr, tid, resolution, protected=protected, bring=bring)
+        inside = fault.addr in fault.attachment.model.window
+        protected = bool(fault.flags & abi.FLAG_WP) and (readable or not inside)
+        as_load = attrs.evolve(fault, flags=0)
+        bring = partial(self._again, as_load) if readable and not protected else None
+        self._refuse_now(fault, resolution, protected=protected, bring=bring)
 
     def _refuse_now(
-        self,
-        live: LiveAttachment,
-        flags: int,
-        addr: int,
-        tid: int,
-        resolution: Resolution,
-        *,
-        protected: bool,
-        bring: Callable[[], None] | None = None,
+        self, fault: Waiting, resolution: Resolution, *, protected: bool, bring: Callable[[], None] | None = None
     ) -> None:
-        signal, vma = resolution.signal, resolution.vma
+        live, signal, access = fault.attachment, resolution.signal, observed.access_of(fault.flags)
         assert signal is not None
         waiting = bool(live.refused)
-        outcome = refusals.refuse(live, Address(addr), tid, signal, protected=protected, bring=bring)
+        outcome = refusals.refuse(
+            live, Address(fault.addr), fault.tid, signal, access=access, protected=protected, bring=bring
+        )
         if live.refused and not waiting:
             self._take_back_later(live)
-        if outcome is Outcome.SERVED and addr in live.model.window:
-            live.region.model.count_served(vma)
+        if outcome is Outcome.SERVED and fault.addr in live.model.window:
+            live.region.model.count_served(resolution.vma)
+            observed.served(live, fault.flags, fault.addr, fault.tid, fault.since, type(resolution.effect))
         elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._on_fault(live, flags, addr, tid))
+            self._pager.later(lambda: self._again(fault))
 
     def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
         """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""
@@ -333,13 +337,14 @@ class Lifetimes:
             log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
             refusal = Resolution(Deliver(Signal.SIGBUS, Address(fault.addr)), resolution.vma)
             protected = isinstance(effect, Preserve)
-            self._refuse_now(live, fault.flags, fault.addr, fault.tid, refusal, protected=protected)
+            self._refuse_now(fault, refusal, protected=protected)
             return
         region.model.breaks += 1
         if isinstance(effect, Preserve):
-            self._on_fault(live, fault.flags, fault.addr, fault.tid)
+            self._again(fault)
         else:
             region.model.count_served(resolution.vma)
+            observed.served(live, fault.flags, fault.addr, fault.tid, fault.since, type(effect))
             apply.wake(live, live.page_at(fault.addr))
 
     def _take_back_later(self, live: LiveAttachment) -> None:

@@ -16,6 +16,7 @@ from mshared.backing import Backing, held, punch
 from mshared.family import Family
 from mshared.files import MappedFile
 from mshared.filler import Filler
+from mshared.observed import Journal, Trace
 from mshared.uffd import Uffd
 from msharefs.addr import Address, AddrRange
 from msharefs.armings import cut
@@ -137,6 +138,7 @@ class LiveRegion:
     clock's time, for people. ``ended``: the namespace has let it go, and it closes when its files have every store.
     ``unwritten`` is what a change has left to be written to files; ``written`` is not set while the files of a region
     that nobody is attached to are brought up to date. ``family`` are its forks, and those that it is a fork of.
+    ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them.
     """
 
     model: Region
@@ -158,6 +160,8 @@ class LiveRegion:
     written: trio.Event = attrs.Factory(trio.Event)
     reading: Reading = attrs.Factory(Reading)
     poisoned: set[AddrRange] = attrs.Factory(set)
+    journal: Journal = attrs.Factory(Journal)
+    trace: Trace | None = None
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))

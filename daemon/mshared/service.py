@@ -276,6 +276,16 @@ class Service:
         """The region behind one of the caller's attachments."""
         return self._own(caller, attachment).region
 
+    def traced_region(self, caller: Caller, ticket: Ticket) -> LiveRegion:
+        """The same, for a caller who wants to see each fault, and so what other users' processes touch.
+
+        Whoever may write the region could find that out anyhow, by taking pages away.
+        """
+        live = self._by_ticket(ticket)
+        if not ticket.writable and caller.who.uid not in (0, live.model.owner.uid):
+            raise AccessDeniedError(f"tracing {live.model.name!r} takes permission to write it, or to own it")
+        return live
+
     def ticket_region(self, ticket: Ticket) -> LiveRegion:
         """The region whose file was opened."""
         return self._by_ticket(ticket)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import trio
 
-from mshared.answers import Answer
+from mshared.answers import Answer, Caller
 from mshared.backing import held
 from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
+from mshared.observed import Trace
 from msharefs import dump, protocol
 from msharefs.addr import AddrRange
 from msharefs.namespace import Namespace
@@ -30,6 +31,23 @@ class Views:
         names = [dump.region_name(r) for r in self._namespace if after is None or (r.name or "") > after]
         count = protocol.fitting(names)
         return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
+
+    def refusals(self, caller: Caller, request: protocol.GetRefusals) -> Answer:
+        """The last touches that were refused, in regions that the caller may read; as many as one packet takes."""
+        found = self._lifetimes.journal.seen_by(caller.who, request.after)
+        count = protocol.fitting(found)
+        return Answer(protocol.Refusals(tuple(found[:count]), more=count < len(found)))
+
+    def trace(self, region: LiveRegion, request: protocol.GetTrace) -> Answer:
+        """The faults of a region after one, as many as one packet takes; from the first time it is asked on."""
+        if region.trace is None:
+            region.trace = Trace()
+        trace = region.trace
+        start = trace.count if request.after is None else min(request.after, trace.count)
+        events, lost = trace.after(start)
+        count = protocol.fitting(events)
+        last = start + lost + count
+        return Answer(protocol.Traced(tuple(events[:count]), last, lost, more=last < trace.count))
 
     async def stat(self, region: LiveRegion) -> protocol.RegionStat:
         """Everything known about a region, brought up to date first."""

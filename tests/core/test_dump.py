@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from msharefs import dump, protocol
+from msharefs import dump, histogram, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.dump import KernelFacts
 from msharefs.effects import Arm
@@ -243,6 +243,8 @@ def test_an_empty_region_has_empty_texts() -> None:
 def test_stat_has_a_line_for_each_field() -> None:
     shown = region()
     attach(shown, 100)
+    shown.latency.note(1400)
+    shown.latency.note(1600)
     assert dump.stat_text(dump.region_stat(shown, FACTS)) == (
         "name db\n"
         "address 0x200000000000\n"
@@ -270,6 +272,10 @@ def test_stat_has_a_line_for_each_field() -> None:
         "pages_private 515\n"
         "copied 0\n"
         "breaks 0\n"
+        "fault_p50_ns 1536\n"
+        "fault_p99_ns 2038\n"
+        "fault_total_ns 3000\n"
+        "fault_buckets 0 2\n"
     )
 
 
@@ -286,7 +292,22 @@ def test_metrics_are_those_of_all_regions_by_metric() -> None:
     ]
     assert "# TYPE msharefs_region_faults_total counter" in lines
     assert 'msharefs_region_faults_total{region="b"} 9' in lines
-    assert len(lines) == 2 + 8 * 3
+    buckets = len(histogram.BOUNDS) + 1
+    assert len(lines) == 2 + 8 * 3 + 1 + 2 * (buckets + 2)
+
+
+def test_latency_is_a_histogram_as_prometheus_has_them() -> None:
+    """Each bucket counts what those before it count, too; the last counts all."""
+    shown = region()
+    shown.latency.note(1500)
+    shown.latency.note(3000)
+    lines = dump.metrics_text([dump.region_stat(shown, FACTS)]).splitlines()
+    told = [line.split("} ") for line in lines if line.startswith("msharefs_region_fault_seconds_bucket")]
+    assert [count for _, count in told] == ["0", "1", *["2"] * (len(histogram.BOUNDS) - 1)]
+    assert told[0][0].endswith('region="db",le="1.024e-06"')
+    assert told[-1][0].endswith('le="+Inf"')
+    assert 'msharefs_region_fault_seconds_sum{region="db"} 4.5e-06' in lines
+    assert 'msharefs_region_fault_seconds_count{region="db"} 2' in lines
 
 
 def test_metrics_without_regions_are_well_formed() -> None:

@@ -16,7 +16,7 @@ from mshared.uffd import Outcome
 from msharefs.addr import PAGE_SIZE, WINDOW_START, Address, AddrRange
 from msharefs.effects import Allow, Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, ZeroFill
 from msharefs.errors import InternalError
-from msharefs.perms import Prot
+from msharefs.perms import Access, Prot
 from msharefs.vma import Arming
 
 
@@ -230,9 +230,11 @@ class TestZeroFill:
 
         monkeypatch.setattr(world.region.filler(), "zero", zero)
         asked: list[object] = []
-        monkeypatch.setattr(apply.refusals, "refuse", lambda *args: asked.append(args) or Outcome.SERVED)
-        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0))) is Outcome.SERVED
-        assert asked == [(attachment, WINDOW_START, TID, Signal.SIGBUS)]
+        monkeypatch.setattr(
+            apply.refusals, "refuse", lambda *args, access: asked.append((*args, access)) or Outcome.SERVED
+        )
+        assert apply.answer_fault(attachment, WINDOW_START, TID, ZeroFill(pages(0)), Access.WRITE) is Outcome.SERVED
+        assert asked == [(attachment, WINDOW_START, TID, Signal.SIGBUS, Access.WRITE)]
         assert calls(attachment) == []
 
     @pytest.mark.parametrize(("number", "outcome"), [(errno.EAGAIN, Outcome.RETRY), (errno.ESRCH, Outcome.GONE)])

@@ -57,7 +57,7 @@ class World:
         self.decided: list[int] = []
         self.delivered: list[int] = []
         self.reads: list[tuple[int, int]] = []
-        self.filling = Filling(lambda _attachment, _flags, addr, _tid: self.decided.append(addr))
+        self.filling = Filling(lambda fault: self.decided.append(fault.addr))
         plain = files.read
         monkeypatch.setattr(files, "read", lambda *args: (self.reads.append((args[2], args[1])), plain(*args))[1])
         monkeypatch.setattr(MappedFile, "read_now", self.read_now)
@@ -80,7 +80,7 @@ class World:
         self.region.attachments.append(live)
         return live
 
-    def answer(self, _attachment: object, addr: int, _tid: int, effect: object) -> None:
+    def answer(self, _attachment: object, addr: int, _tid: int, effect: object, _access: object) -> None:
         assert isinstance(effect, Deliver)
         self.delivered.append((addr - WINDOW_START) // PAGE_SIZE)
 
@@ -92,7 +92,7 @@ class World:
         source = vma.source_at(self.page(page).start)
         assert source is not None
         fill = Fill(self.page(page), source.file, source.offset)
-        self.filling.request(fill, vma, Waiting(live, abi.FLAG_WRITE, addr, 5))
+        self.filling.request(fill, vma, Waiting(live, abi.FLAG_WRITE, addr, 5, 0))
 
     def page(self, number: int) -> AddrRange:
         return AddrRange.sized(self.model.ar.start + number * PAGE_SIZE, PAGE_SIZE)

@@ -207,7 +207,7 @@ class TestOneInstant:
         busy.busy = 1
 
         def events() -> None:
-            world.lifetimes._on_fault(first, 3, at, os.getpid())  # A store to a page that is protected.
+            world.lifetimes._on_fault(first, 3, at, os.getpid(), 0)  # A store to a page that is protected.
             seen.append([what for what, _ in log_of(first)])
 
         seen: list[list[str]] = []
