@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from mshared import backing, refusals
+from mshared.crowd import do_for_all
 from mshared.live import LiveAttachment, LiveRegion, Unwritten
 from mshared.uffd import Outcome, attempt, insist, outcome_of
 from msharefs.addr import Address, AddrRange
@@ -68,8 +69,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
                 region.arming_now.append(effect)
                 region.note_arming(effect)
             if isinstance(effect, Arm | Protect):
-                for attachment in list(region.attachments):
-                    _insist(attachment, effect, read_events)
+                _change_all(region, effect, read_events)
             else:
                 read_events()
                 _move_memory(region, effect)
@@ -108,12 +108,25 @@ def _keep_reserved(region: LiveRegion, ar: AddrRange) -> None:
         log.error("region %s: touches of %s may end in a SIGBUS: %s", region.model.name, ar, error)  # noqa: TRY400
 
 
-def _insist(attachment: LiveAttachment, effect: Arm | Protect, read_events: Callable[[], None]) -> None:
-    """Arm or protect one attachment; while it is being forked the kernel wants that to be read first."""
-    work = partial(_protect, attachment, effect.ar)
+def _change_all(region: LiveRegion, effect: Arm | Protect, read_events: Callable[[], None]) -> None:
+    """Arm or protect all attachments; while one is being forked the kernel wants that to be read first."""
+    forking: list[LiveAttachment] = []
+
+    def change(attachment: LiveAttachment) -> None:
+        if attempt(attachment, lambda: _change(attachment, effect)) is Outcome.RETRY:
+            forking.append(attachment)
+
+    do_for_all(list(region.attachments), change)
+    for attachment in forking:
+        read_events()
+        insist(attachment, partial(_change, attachment, effect), read_events)
+
+
+def _change(attachment: LiveAttachment, effect: Arm | Protect) -> None:
     if isinstance(effect, Arm):
-        work = partial(_arm, attachment, effect.ar, effect.arming)
-    insist(attachment, work, read_events)
+        _arm(attachment, effect.ar, effect.arming)
+    else:
+        _protect(attachment, effect.ar)
 
 
 def answer_fault(

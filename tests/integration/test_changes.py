@@ -287,3 +287,28 @@ def test_races_between_changes_and_touches(
     assert third.ask("wrong") == []
     a.do("r.mmap(8 * MIB - 2 * MIB, flags=MAP_SHARED | MAP_ANONYMOUS | 0x10, offset=0)")
     assert b.ask("sum(r.buf[:6 * MIB])") == 0
+
+
+def test_a_crowd_is_protected_when_the_call_returns(client: Callable[..., Client], name: str) -> None:
+    """So many processes that the daemon changes them with several threads."""
+    a = client()
+    a.do(f"from mmap import *\nr = mshare.mshare({name!r}, None, 2 * MIB, CREATE)\nr.buf[0] = 1")
+    a.do(
+        """
+            told, tell = os.pipe()
+            children = []
+            for _ in range(50):
+                children.append(os.fork())
+                if not children[-1]:
+                    os.close(tell)
+                    os.read(told, 1)  # Until the parent has closed its end.
+                    value = r.buf[0]
+                    r.buf[0] = 2
+                    os._exit(value)
+            r.mprotect(0, r.size, PROT_READ)
+            os.close(tell)
+        """
+    )
+    assert a.ask("[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]") == [-SIGSEGV] * 50
+    a.do("r.mprotect(0, r.size, PROT_READ | PROT_WRITE)")
+    assert a.ask("r.buf[0]") == 1
