@@ -200,14 +200,14 @@ class Client:
 
 
 class Daemon:
-    """A running mshared on a mount of its own."""
+    """A running mshared on a mount of its own. ``prelude`` are statements that it carries out first."""
 
-    def __init__(self, directory: Path, *options: str, uid: int | None = None) -> None:
+    def __init__(self, directory: Path, *options: str, uid: int | None = None, prelude: str = "") -> None:
         self.directory = directory
         self.mount = directory / "mount"
         self.state = directory / "state"
         arguments = ["--mount", str(self.mount), "--state-dir", str(self.state), *options]
-        code = _DAEMON + (f"drop({uid})\n" if uid is not None else "") + f"main({arguments!r})\n"
+        code = _DAEMON + (f"drop({uid})\n" if uid is not None else "") + f"{prelude}\nmain({arguments!r})\n"
         self._log = (directory / "log").open("wb+")
         self.process = subprocess.Popen([sys.executable, "-c", code], stderr=self._log, stdout=self._log)
         try:
@@ -295,12 +295,12 @@ def start_daemon(_needs_the_kernel: None) -> Iterator[Callable[..., Daemon]]:
     """Start daemons with options; each must be able to stop cleanly at the end, having logged no mistake."""
     started: list[Daemon] = []
 
-    def start(*options: str, uid: int | None = None) -> Daemon:
+    def start(*options: str, uid: int | None = None, prelude: str = "") -> Daemon:
         path = Path(tempfile.mkdtemp(prefix="msharefs-test-"))
         path.chmod(0o755)
         if uid is not None:
             os.chown(path, uid, uid)
-        started.append(Daemon(path, *options, uid=uid))
+        started.append(Daemon(path, *options, uid=uid, prelude=prelude))
         return started[-1]
 
     yield start

@@ -11,6 +11,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -22,8 +23,9 @@ from mshared import control, fs, hugetlb, mounts, uffd
 from mshared.backing import BackingStore, MemfdStore, MountedStore
 from mshared.changes import Changes
 from mshared.lifetimes import Lifetimes
-from mshared.notify import notify
+from mshared.notify import keep_watchdog, notify
 from mshared.pager import Pager
+from mshared.reload import LogFile, reload_on_hangup
 from mshared.service import Service
 from mshared.stop_signals import StopSignals
 from msharefs import uffd_abi as abi
@@ -80,7 +82,7 @@ def runtime_directory() -> Path:
 def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT, however many come. Raises StartError."""
     _raise_descriptor_limit()
-    stop = StopSignals()
+    stop = StopSignals(hangup=sys.stderr.isatty())
     with contextlib.ExitStack() as stack:
         stack.enter_context(_directory(config.state_dir.parent))
         stack.enter_context(_directory(config.state_dir, ours=True))
@@ -139,10 +141,14 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(service.lifetimes.forks.run)
         nursery.start_soon(service.lifetimes.filling.run)
         nursery.start_soon(service.lifetimes.settling.run)
+        nursery.start_soon(keep_watchdog)
         await _until_served(config.mount)
+        status = f"serving {config.mount}"
+        if not sys.stderr.isatty():  # else SIGHUP says that the terminal has gone.
+            await nursery.start(reload_on_hangup, LogFile(), partial(_overview, service), status)
         sys.stderr.write(f"mshared: ready: mount {config.mount} backing {service.default_backing}\n")
         sys.stderr.flush()
-        notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {config.mount}")
+        notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS={status}")
         number = await stop.wait()
         log.info("%s: stopping", number.name)
         notify("STOPPING=1")
@@ -161,6 +167,12 @@ async def _fuse_until_unmounted(scope: trio.CancelScope) -> None:
 async def _until_served(mount: Path) -> None:
     """Wait until the mount answers, asked from a thread: our own loop is what must answer."""
     await trio.to_thread.run_sync(mount.stat)
+
+
+def _overview(service: Service) -> str:
+    """How much is served, in words."""
+    service.lifetimes.sweep()
+    return f"{len(service.lifetimes.regions())} regions, {service.lifetimes.attachment_count} attachments"
 
 
 def _report_attached(service: Service) -> None:

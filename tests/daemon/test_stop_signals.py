@@ -93,3 +93,25 @@ def test_one_that_comes_when_the_loop_is_over_disturbs_nobody(apart: Apart) -> N
         stop.ignore()
 
     apart(work)
+
+
+def test_a_hangup_is_ignored_until_somebody_takes_it(apart: Apart) -> None:
+    """It never ends the daemon unawares, with all it has taken from the machine left behind."""
+
+    def work() -> None:
+        StopSignals()
+        kill(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+    apart(work)
+
+
+def test_a_hangup_stops_what_runs_on_a_terminal(apart: Apart) -> None:
+    def work() -> None:
+        stop = StopSignals(hangup=True)
+        kill(signal.SIGHUP)
+        assert ignored() == set(BOTH)
+        assert trio.run(stop.wait) is signal.SIGHUP
+        kill(signal.SIGHUP)
+
+    apart(work)

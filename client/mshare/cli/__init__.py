@@ -1,8 +1,8 @@
 """The command ``mshare``.
 
 One file an aspect: ``show`` looks at regions, ``change`` makes, forks and ends them, ``daemon`` starts and stops
-mshared, ``doctor`` judges the machine by the facts of ``machine``; ``place`` and ``render`` are what they have in
-common.
+mshared, ``units`` has systemd do so, ``doctor`` judges the machine by the facts of ``machine``; ``place`` and
+``render`` are what they have in common.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mshare.cli import change, daemon, doctor, place, show
+from mshare.cli import change, daemon, doctor, place, show, units
 from mshare.discovery import ENVIRONMENT
 
 __all__ = ["cli", "main"]
@@ -49,6 +49,7 @@ for command in (
     doctor.doctor,
     daemon.up,
     daemon.down,
+    units.install_units,
 ):
     cli.add_command(command)
 

@@ -46,7 +46,7 @@ def up(mount: Path | None, log: Path | None, timeout: float, options: tuple[str,
     --mount says. Its messages are appended to /var/log/mshared.log (root) or
     $XDG_STATE_HOME/mshare/mshared.log (by default ~/.local/state).
     """
-    command = [str(_executable()), *(["--mount", os.path.abspath(mount)] if mount else []), *options]  # noqa: PTH100
+    command = [str(executable()), *(["--mount", os.path.abspath(mount)] if mount else []), *options]  # noqa: PTH100
     with _opened_log(log.absolute() if log else default_log()) as log_file, _Readiness() as readiness:
         process = subprocess.Popen(  # noqa: S603 - the daemon that belongs to this command
             command,
@@ -172,7 +172,7 @@ class _Readiness:
         return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
 
-def _executable() -> Path:
+def executable() -> Path:
     """The mshared that belongs to this Python, or else the one on the PATH."""
     beside = Path(sys.executable).parent / "mshared"
     if os.access(beside, os.X_OK):
