@@ -55,6 +55,8 @@ class PageTable:
         """Leaf tables that were looked up and are ours alone, by address // 2 MiB (compare a page-walk cache)."""
         self.huge_pages = 0
         """2 MiB leaves installed."""
+        self.changes = 0
+        """How often pages have come or gone; entries that changed and stayed do not count."""
 
     @property
     def resident(self) -> int:
@@ -89,19 +91,19 @@ class PageTable:
         if addr % (PMD_SIZE if huge else PAGE_SIZE) or (huge and pte.frame % FRAMES_IN_PMD):
             raise InternalError(f"page of {pte.size} bytes installed at {addr:#x}")
         if huge:
-            self.clear_range(AddrRange.sized(addr, PMD_SIZE))
+            if not isinstance(self._pmd(addr).entries.get(entry_index(addr, 1)), int):
+                self.clear_range(AddrRange.sized(addr, PMD_SIZE))
+                self.huge_pages += 1
+                self.changes += 1
             self._pmd(addr).entries[entry_index(addr, 1)] = word
-            self.huge_pages += 1
         else:
-            leaf = self._leaf(addr)
-            self.pages += leaf.put_one(entry_index(addr, 0), word)
+            self._put_one(addr, word)
 
     def set_range(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
         """Install consecutive frames over ``ar`` in 4 KiB pages (2 MiB leaves come by ``set``)."""
         low = (int(flags) | PRESENT) & ~HUGE
         if ar.size == PAGE_SIZE:
-            leaf = self._leaf(ar.start)
-            self.pages += leaf.put_one(entry_index(ar.start, 0), frame << PAGE_SHIFT | low)
+            self._put_one(ar.start, frame << PAGE_SHIFT | low)
             return
         for piece in ar.pieces(PMD_SIZE):
             first = frame + (piece.start - ar.start) // PAGE_SIZE
@@ -113,7 +115,9 @@ class PageTable:
 
         A 2 MiB leaf that sticks out is split into 4 KiB pages first; tables left empty are freed.
         """
+        before = self.resident
         self._clear(self._top, ar)
+        self.changes += self.resident != before
 
     def change_flags(self, ar: AddrRange, *, add: PteFlag = NO_FLAGS, drop: PteFlag = NO_FLAGS) -> None:
         """Change the flags of every page in ``ar`` (compare mm/mprotect.c:change_protection).
@@ -281,6 +285,13 @@ class PageTable:
         before = leaf.used
         leaf.put(entry_index(addr, 0), words)
         self.pages += leaf.used - before
+        self.changes += leaf.used != before
+
+    def _put_one(self, addr: Address, word: int) -> None:
+        """Store one PTE word, which is not 0."""
+        more = self._leaf(addr).put_one(entry_index(addr, 0), word)
+        self.pages += more
+        self.changes += more
 
     def _clear(self, table: Directory, ar: AddrRange) -> None:
         """Take the pages in ``ar`` out of the tables below ``table``."""

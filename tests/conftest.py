@@ -228,8 +228,15 @@ class Daemon:
         return (self.directory / "log").read_text(errors="replace")
 
     def descriptors(self) -> int:
-        """How many descriptors it has open, once those of connections that just ended are closed."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """How many descriptors it has open, once those of connections that just ended are closed.
+
+        Those of files that it has ready for the next fork do not count.
+        """
+        found = 0
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found += not link.readlink().name.startswith(".spare-")
+        return found
 
     def stop(self) -> int:
         """SIGTERM; the exit status."""

@@ -39,4 +39,4 @@ def touch(c: Client, place: str, store: bool = False) -> int:
 
 def files_of_regions(state: Path) -> list[Path]:
     """The files that a daemon of root's has for the memory of regions."""
-    return [file for kind in ("thp", "4k", "hugetlb") for file in (state / kind).iterdir()]
+    return [file for kind in ("thp", "4k", "hugetlb") for file in (state / kind).glob("[!.]*")]

@@ -38,6 +38,8 @@ SYS_MREMAP: Final = 25
 _PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _PAGEMAP_THERE: Final = 0b110  # Bits 62 and 63: in swap, in memory.
 _PAGEMAP_FILES: Final = 0b001  # Bit 61: a page of a file, or of shared memory.
+_UMASK_WITHIN: Final = 512
+"""Bytes of /proc/self/status in which the umask stands: after the name."""
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -225,8 +227,13 @@ def thread_count() -> int:
 def umask() -> int:
     """The process's umask, read without changing it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
-            if line.startswith("Umask:"):
+        status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lines = os.read(status, _UMASK_WITHIN).splitlines()
+        finally:
+            os.close(status)
+        for line in lines:
+            if line.startswith(b"Umask:"):
                 return int(line.split()[1], 8)
     return 0o022
 

@@ -142,6 +142,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(service.lifetimes.filling.run)
         nursery.start_soon(service.lifetimes.settling.run)
         nursery.start_soon(keep_watchdog)
+        nursery.start_soon(service.snapshots.prepare)
         await _until_served(config.mount)
         status = f"serving {config.mount}"
         if not sys.stderr.isatty():  # else SIGHUP says that the terminal has gone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -91,6 +92,9 @@ class BackingStore:
         except OSError as error:
             raise _no_room(error, size) from error
 
+    def prepare(self, kind: BackingKind) -> None:
+        """Have the next ``create`` of that kind take less time, where it takes much. For a worker thread."""
+
     def why_not(self, kind: BackingKind) -> str:
         """Why a kind cannot be had, and the cure."""
         if kind is BackingKind.HUGETLB:
@@ -116,6 +120,9 @@ class MountedStore(BackingStore):
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
+        self._spares: dict[BackingKind, Backing] = {}
+        """Files of no size that wait for a region: opening one as it must be takes a thread."""
+        self._spare_numbers = itertools.count(1)
         self._landlock = landlock.is_available()
         if not self._landlock:
             self._note("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
@@ -139,6 +146,8 @@ class MountedStore(BackingStore):
 
     def close(self) -> None:
         """Unmount; memory that is still mapped somewhere stays until that ends."""
+        while self._spares:
+            self._spares.popitem()[1].close()
         for kind, tree in self._readonly.items():
             if tree is not None:
                 os.close(tree)
@@ -177,12 +186,29 @@ class MountedStore(BackingStore):
         self._readonly[kind] = None
         self._readonly[kind] = mounts.readonly_copy(place)
 
+    def prepare(self, kind: BackingKind) -> None:
+        """Have one file of that kind ready."""
+        if kind not in self._spares:
+            self._spares[kind] = self._open(kind)
+
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
+        spare = self._spares.pop(kind, None) or self._open(kind)
         path = self._root / kind / str(region)
+        assert spare.path is not None
+        try:
+            os.ftruncate(spare.fd, size)
+            mounts.rename_new(spare.path, path)
+        except BaseException:
+            spare.close()
+            raise
+        return attrs.evolve(spare, path=path)
+
+    def _open(self, kind: BackingKind) -> Backing:
+        """A file without size, the name of which starts with a dot: it is no region's."""
+        path = self._root / kind / f".spare-{next(self._spare_numbers)}"
         with _Undo() as undo:
             fd = undo.open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             undo.path = path
-            os.ftruncate(fd, size)
             opener = landlock.open_without_truncate if self._landlock else os.open
             writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
             readonly = undo.open(self._open_readonly(path, kind))
@@ -275,6 +301,9 @@ def extents(fd: int) -> Iterator[AddrRange]:
 
 def held(fd: int, ar: AddrRange, kind: BackingKind, device: int | None) -> list[AddrRange]:
     """Where a file of that kind holds data in a range of offsets, in order."""
+    status = os.fstat(fd)
+    if status.st_blocks * 512 == status.st_size:
+        return [ar]
     if kind is BackingKind.HUGETLB:
         return hugetlb.present(fd, ar, device)
     return [part for extent in extents(fd) if (part := extent.intersect(ar)) is not None]

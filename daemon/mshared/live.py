@@ -12,7 +12,7 @@ import attrs
 import trio
 
 from mshared import hugetlb, processes
-from mshared.backing import Backing, held, punch
+from mshared.backing import Backing, held, punch, resident
 from mshared.family import Family
 from mshared.files import MappedFile
 from mshared.filler import Filler
@@ -162,6 +162,8 @@ class LiveRegion:
     poisoned: set[AddrRange] = attrs.Factory(set)
     journal: Journal = attrs.Factory(Journal)
     trace: Trace | None = None
+    _refreshed: tuple[int, int] | None = None
+    """Changes of the tables, and bytes of the backing, when the tables were brought up to date."""
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
@@ -227,6 +229,18 @@ class LiveRegion:
     def held(self, ar: AddrRange) -> list[AddrRange]:
         """Where the backing holds data in a range of offsets, in order."""
         return held(self.backing.fd, ar, self.backing.kind, self.uffd_device)
+
+    def refresh_tables(self) -> None:
+        """Bring the tables up to date with what the kernel has filled by itself.
+
+        It only adds, and what is punched is taken out of the tables: while these have not changed and the backing has
+        as much memory as it had, it has the same.
+        """
+        mm, size = self.model.mm, resident(self.backing.fd)
+        if self._refreshed != (mm.table.changes, size):
+            present = self.held(AddrRange.sized(0, mm.ar.size))
+            mm.sync((part.moved(mm.ar.start) for part in present), huge=self.backing.kind is not BackingKind.SMALL)
+            self._refreshed = mm.table.changes, size
 
     def reserve(self, ar: AddrRange) -> None:
         """Have memory promised for what is mapped in the host range ``ar``. Raises NoMemoryError."""

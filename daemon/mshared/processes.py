@@ -18,6 +18,7 @@ _SIGINFO_SIZE: Final = 128
 _SIGINFO: Final = struct.Struct("=iii4xQ")
 """si_signo, si_errno, si_code, and si_addr where the fault signals have it."""
 _PROC: Final = Path("/proc")
+_PAGE_TABLES: Final = b"PageTables:"
 _LOOKS: Final = 20
 
 
@@ -75,8 +76,8 @@ def page_table_bytes(pid: int) -> int:
 
 def all_page_table_bytes() -> int:
     """PageTables of /proc/meminfo: bytes of page tables of the whole machine."""
-    fields = dict(line.split(":") for line in (_PROC / "meminfo").read_text().splitlines())
-    return int(fields["PageTables"].split()[0]) << 10
+    text = (_PROC / "meminfo").read_bytes()
+    return int(text[text.index(_PAGE_TABLES) + len(_PAGE_TABLES) :].split(maxsplit=1)[0]) << 10
 
 
 def huge_mapped_bytes(pid: int, start: int, end: int) -> int:

@@ -62,7 +62,7 @@ class Service:
         self.store = store
         self.default_backing = default_backing
         self._changes = changes
-        self._snapshots = Snapshots(namespace, lifetimes, store)
+        self.snapshots = Snapshots(namespace, lifetimes, store)
         self.views = Views(namespace, lifetimes, notes)
 
     def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
@@ -167,7 +167,7 @@ class Service:
             self.namespace.abandon(live.model)
             self.lifetimes.forget(live)
         else:
-            self._snapshots.end(live)
+            self.snapshots.end(live)
 
     def adopt(self, caller: Caller, request: protocol.Adopt, uffd: int | None) -> Answer:
         """Tell a forked child which attachment is its own."""
@@ -241,20 +241,20 @@ class Service:
     async def snapshot(self, caller: Caller, request: protocol.Snapshot) -> tuple[Answer, list[str]]:
         """Make private twins for a child of the caller's; their tokens."""
         windows = [self._own(caller, number) for number in request.attachments]
-        tokens = await self._snapshots.for_child(windows, caller.who)
+        tokens = await self.snapshots.for_child(windows, caller.who)
         return Answer(protocol.Snapshots(tuple(tokens))), tokens
 
     def forget(self, tokens: Iterable[str]) -> None:
         """Nobody will take these twins."""
-        self._snapshots.forget(tokens)
+        self.snapshots.forget(tokens)
 
     def take(self, caller: Caller, request: protocol.Take) -> tuple[Answer, Pending]:
         """Offer a child the twin that was made for it."""
-        untaken = self._snapshots.take(request.token, caller.who)
+        untaken = self.snapshots.take(request.token, caller.who)
         try:
             check_window(untaken.twin.model, request.addr)
         except MshareError:
-            self._snapshots.end(untaken.twin)
+            self.snapshots.end(untaken.twin)
             raise
         pending = Pending(untaken.twin, untaken.readonly, creator=False)
         return self._offer(untaken.twin, request.addr, readonly=untaken.readonly), pending
@@ -269,7 +269,7 @@ class Service:
         origin = live.region
         if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
-        await self._snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
+        await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
         return Answer(protocol.Done())
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:

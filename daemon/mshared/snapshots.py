@@ -7,6 +7,8 @@ is let through: so no store that came after another is in the snapshot without i
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,12 +21,13 @@ from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.writeback import flush, write_out
 from msharefs import forking
-from msharefs.addr import AddrRange
 from msharefs.errors import NoMemoryError, NotFoundError
 from msharefs.namespace import Namespace
 from msharefs.perms import PROT_RW, Credentials
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
+
+log = logging.getLogger(__name__)
 
 
 @attrs.frozen
@@ -53,6 +56,15 @@ class Snapshots:
         self._lifetimes = lifetimes
         self._store = store
         self._untaken: dict[str, Untaken] = {}
+        self._forked, self._to_prepare = trio.open_memory_channel[BackingKind](math.inf)
+
+    async def prepare(self) -> None:
+        """Have what the next fork needs ready before it is asked for, for ever."""
+        async for kind in self._to_prepare:
+            try:
+                await trio.to_thread.run_sync(self._store.prepare, kind)
+            except OSError as error:
+                log.debug("no file is ready for the next fork: %s", error)
 
     async def for_child(self, windows: Sequence[LiveAttachment], who: Credentials) -> list[str]:
         """Private twins of the regions behind some windows, of one instant; a token for each."""
@@ -134,10 +146,8 @@ class Snapshots:
 
     def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
         origin = wish.origin
-        old = origin.model.mm
-        present = [part.moved(old.ar.start) for part in origin.held(AddrRange.sized(0, old.ar.size))]
-        old.sync(present, huge=origin.model.backing is not BackingKind.SMALL)
-        mm = forking.fork(old)
+        origin.refresh_tables()
+        mm = forking.fork(origin.model.mm)
         model = self._namespace.fork(origin.model, mm, wish.name, wish.mode, who)
         try:
             made = self._store.create(model.id, model.backing, mm.ar.size)
@@ -148,6 +158,7 @@ class Snapshots:
         twin = self._lifetimes.add_region(model, made, origin.family)
         twin.settled.set()
         twin.inherit_files(origin)
+        self._forked.send_nowait(made.kind)
         try:
             _copy_hidden(origin, twin)
         except OSError as error:

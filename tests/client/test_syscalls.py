@@ -398,8 +398,8 @@ def test_the_umask_is_read_without_being_changed(mask: int) -> None:
 
 
 def test_without_proc_the_umask_is_taken_to_be_the_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_path: Path, **_kwargs: object) -> str:
+    def fail(_path: str, _flags: int) -> int:
         raise FileNotFoundError(errno.ENOENT, "no /proc")
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(os, "open", fail)
     assert sc.umask() == 0o022

@@ -46,6 +46,19 @@ def backing(request: pytest.FixtureRequest) -> Iterator[Backing]:
     made.close()
 
 
+class TestHeld:
+    """Where a file holds data."""
+
+    def test_a_full_one_need_not_be_searched(self, backing: Backing, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole, part = AddrRange.sized(0, SIZE), AddrRange.sized(PMD_SIZE, PAGE_SIZE)
+        os.pwrite(backing.fd, bytes(SIZE - PMD_SIZE), 0)
+        assert module.held(backing.fd, whole, backing.kind, None) == [AddrRange.sized(0, SIZE - PMD_SIZE)]
+        os.pwrite(backing.fd, bytes(PMD_SIZE), SIZE - PMD_SIZE)
+        monkeypatch.setattr(module, "extents", None)
+        assert module.held(backing.fd, whole, backing.kind, None) == [whole]
+        assert module.held(backing.fd, part, backing.kind, None) == [part]
+
+
 class TestBacking:
     """The file of one region, and what is handed out of it."""
 
@@ -276,11 +289,48 @@ class TestMountedStore:
         assert list((directory / "4k").iterdir()) == []
         assert open_descriptors() == before
 
+    def test_a_file_is_made_ahead_once_and_is_the_next_region(
+        self, tmpfs_store: MountedStore, open_descriptors: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kind, before = tmpfs_store.kinds[0], open_descriptors()
+        tmpfs_store.prepare(kind)
+        ready = open_descriptors()
+        tmpfs_store.prepare(kind)
+        assert open_descriptors() == ready
+        with monkeypatch.context() as patched:
+            patched.setattr(landlock, "open_without_truncate", None)
+            made = tmpfs_store.create(RegionId(3), kind, SIZE)
+        assert open_descriptors() == ready
+        assert (made.path, os.fstat(made.fd).st_size) == (tmpfs_store._root / kind / "3", SIZE)
+        assert made.path is not None
+        assert made.path.samefile(f"/proc/self/fd/{made.fd}")
+        with pytest.raises(PermissionError):
+            os.ftruncate(made.writable, 0)
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.pwrite(made.readonly, b"x", 0)
+        assert [file.name for file in made.path.parent.iterdir()] == ["3"]
+        made.close()
+        assert open_descriptors() == before
+
+    @pytest.mark.parametrize("why", ["size", "name"])
+    def test_one_made_ahead_that_cannot_be_a_region_goes(
+        self, tmpfs_store: MountedStore, open_descriptors: Callable[[], int], directory: Path, why: str
+    ) -> None:
+        before = open_descriptors()
+        tmpfs_store.prepare(BackingKind.SMALL)
+        if why == "name":
+            (directory / "4k" / "1").write_bytes(b"somebody's")
+        with pytest.raises(OSError, match="Invalid argument" if why == "size" else "is there already"):
+            tmpfs_store.create(RegionId(1), BackingKind.SMALL, -1 if why == "size" else SIZE)
+        assert open_descriptors() == before
+        assert [file.name for file in (directory / "4k").iterdir()] == ["1"] * (why == "name")
+
     def test_closing_the_store_leaves_no_mount_and_no_descriptor(
         self, directory: Path, open_descriptors: Callable[[], int]
     ) -> None:
         before = open_descriptors()
         store = MountedStore(directory, 1 << 20)
+        store.prepare(BackingKind.SMALL)
         assert mounts.mount_at(directory / "4k") is not None
         store.close()
         assert open_descriptors() == before

@@ -356,3 +356,73 @@ def test_loads_of_a_twin_are_brought(world: World) -> None:
     places = (Address(twin.model.ar.start + page * PAGE_SIZE) for page in (0, 9))
     effects = [twin.model.mm.fault(Fault(place, Access.READ)).effect for place in places]
     assert [type(effect) for effect in effects] == [Bring, ZeroFill]
+
+
+class TestWhatIsThere:
+    """A fork has what the kernel has filled by itself, and looks for that only where something may have come."""
+
+    @pytest.fixture
+    def searched(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The descriptors of files that were searched."""
+        found: list[int] = []
+        plain = backings.extents
+
+        def extents(fd: int) -> Iterator[AddrRange]:
+            found.append(fd)
+            return plain(fd)
+
+        monkeypatch.setattr(backings, "extents", extents)
+        return found
+
+    def test_nothing_has_come(self, world: World, searched: list[int]) -> None:
+        origin = world.region()
+        twins = [world.fork((origin, name))[0] for name in ("one", "two", "three")]
+        assert searched == [origin.backing.fd]
+        assert [brought(twin) for twin in twins] == [1, 1, 1]
+
+    def test_something_has(self, world: World, searched: list[int]) -> None:
+        origin = world.region()
+        world.fork((origin, "one"))
+        os.pwrite(origin.backing.fd, b"\2", 5 * PAGE_SIZE)
+        twin = world.fork((origin, "two"))[0]
+        assert len(searched) == 2
+        assert (brought(twin), brought(twin, 5)) == (1, 2)
+
+    def test_as_much_has_gone_as_has_come(self, world: World, searched: list[int]) -> None:
+        origin = world.region()
+        world.fork((origin, "one"))
+        page = AddrRange.sized(origin.model.ar.start, PAGE_SIZE)
+        origin.family.make_or_reclaim(origin.model.mm, forking.to_preserve(origin.model.mm, page))
+        origin.model.mm.madvise_remove(page)
+        origin.punch(AddrRange.sized(0, PAGE_SIZE))
+        os.pwrite(origin.backing.fd, b"\2", 5 * PAGE_SIZE)
+        twin = world.fork((origin, "two"))[0]
+        assert len(searched) == 2
+        assert brought(twin, 5) == 2
+        assert forking.to_bring(twin.model.mm, page) == []
+
+
+def test_a_file_is_made_ready_for_the_fork_after_this_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that fails, the fork will have to make it."""
+    prepared: list[BackingKind] = []
+    done = trio.Event()
+
+    def prepare(kind: BackingKind) -> None:
+        prepared.append(kind)
+        if len(prepared) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        trio.from_thread.run_sync(done.set)
+
+    monkeypatch.setattr(world.store, "prepare", prepare, raising=False)
+    origin = world.region()
+    world.fork((origin, "one"), (origin, "two"))
+
+    async def until_done() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.snapshots.prepare)
+            with trio.fail_after(30):
+                await done.wait()
+            nursery.cancel_scope.cancel()
+
+    trio.run(until_done)
+    assert prepared == [BackingKind.SMALL] * 2

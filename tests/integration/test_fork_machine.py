@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import attrs
 import pytest
@@ -26,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from twins import files_of_regions
 
 MIB, PAGE = 1 << 20, 4096
 SIZE = 4 * MIB
@@ -187,9 +187,4 @@ def test_random_forks(daemon: Daemon, client: Callable[..., Client], name: str) 
         ),
     )
     assert daemon.process.poll() is None
-    assert _files_of_regions(daemon.state) == []
-
-
-def _files_of_regions(state: Path) -> list[Path]:
-    """What is left of the memory of regions."""
-    return [file for kind in ("thp", "4k", "hugetlb") for file in (state / kind).iterdir()]
+    assert files_of_regions(daemon.state) == []
