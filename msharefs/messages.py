@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from msharefs.addr import PAGE_SIZE
-from msharefs.reports import Refusal, RegionName, RegionStat, TraceEvent, Vma
+from msharefs.reports import Heat, Refusal, RegionName, RegionStat, TraceEvent, Vma
 
 
 @attrs.frozen
@@ -294,6 +294,13 @@ class GetRefusals:
 
 
 @attrs.frozen
+class GetHeat:
+    """Client: tell what a region holds where, in at most ``cells`` (2048) pieces. One descriptor: its file."""
+
+    cells: int
+
+
+@attrs.frozen
 class GetTrace:
     """Client: list the faults of a region after that number; None: none yet, but start. One descriptor: its file.
 
@@ -354,8 +361,8 @@ class Traced:
 Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
 Forking = Fork | Snapshot | Forget | Take
 Changing = Mmap | Munmap | Mprotect | Madvise | Msync
-Looking = GetStat | GetMaps | GetList | GetRefusals | GetTrace
+Looking = GetStat | GetMaps | GetList | GetHeat | GetRefusals | GetTrace
 Request = Attaching | Forking | Changing | Looking
-Told = RegionStat | Maps | Listing | Refusals | Traced
+Told = RegionStat | Maps | Listing | Heat | Refusals | Traced
 Reply = Welcome | Snapshots | Exists | Offer | Attached | Done | Failed | Placed | Told
 Message = Request | Reply

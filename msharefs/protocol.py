@@ -36,6 +36,7 @@ from msharefs.messages import Failed as Failed
 from msharefs.messages import Forget as Forget
 from msharefs.messages import Fork as Fork
 from msharefs.messages import Forking as Forking
+from msharefs.messages import GetHeat as GetHeat
 from msharefs.messages import GetList as GetList
 from msharefs.messages import GetMaps as GetMaps
 from msharefs.messages import GetRefusals as GetRefusals
@@ -65,6 +66,7 @@ from msharefs.messages import Take as Take
 from msharefs.messages import Traced as Traced
 from msharefs.messages import Unlink as Unlink
 from msharefs.messages import Welcome as Welcome
+from msharefs.reports import Heat as Heat
 from msharefs.reports import Refusal as Refusal
 from msharefs.reports import RegionName as RegionName
 from msharefs.reports import RegionStat as RegionStat
@@ -102,6 +104,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "get_stat": GetStat,
     "get_maps": GetMaps,
     "get_list": GetList,
+    "get_heat": GetHeat,
     "get_refusals": GetRefusals,
     "get_trace": GetTrace,
     "mmap": Mmap,
@@ -119,6 +122,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "region_stat": RegionStat,
     "maps": Maps,
     "listing": Listing,
+    "heat": Heat,
     "refusals": Refusals,
     "traced": Traced,
 }

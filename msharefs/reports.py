@@ -134,3 +134,18 @@ class TraceEvent:
     offset: int
     access: str
     how: str
+
+
+@attrs.frozen
+class Heat:
+    """Equal pieces of a region, by address. ``cell`` is the size of one in bytes; the last may be smaller.
+
+    The others have a number for each, 0 for none of it, 255 for all. ``mapped``: what is no hole. ``present``: pages
+    that exist. ``dirty``: stored to, and not in the file yet. ``shared``: in common with forks.
+    """
+
+    cell: int
+    mapped: tuple[int, ...]
+    present: tuple[int, ...]
+    dirty: tuple[int, ...]
+    shared: tuple[int, ...]

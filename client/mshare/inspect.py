@@ -13,7 +13,7 @@ from mshare.connection import Connection, collect_maps, connect
 from mshare.discovery import find_mount
 from mshare.tickets import Name, checked_name, opened
 from msharefs import protocol
-from msharefs.protocol import Refusal, RegionName, RegionStat, TraceEvent, Vma
+from msharefs.protocol import Heat, Refusal, RegionName, RegionStat, TraceEvent, Vma
 
 
 def regions(mount: Mount = None) -> list[RegionName]:
@@ -38,6 +38,19 @@ def maps(name: Name, mount: Mount = None) -> list[Vma]:
     """The VMAs inside a region one may read, by offset. Raises OSError: ENOENT, EACCES."""
     with _opened(name, mount) as (link, ticket):
         return collect_maps(lambda after: link.call(protocol.GetMaps(after=after), protocol.Maps, ticket))
+
+
+def heat(name: Name, cells: int, mount: Mount = None) -> Heat:
+    """What a region one may read holds where, in at most ``cells`` (2048) pieces. Raises OSError: ENOENT, EACCES."""
+    with _opened(name, mount) as (link, ticket):
+        return link.call(protocol.GetHeat(cells), Heat, ticket)
+
+
+def attachments(name: Name, mount: Mount = None) -> list[tuple[int | None, bool]]:
+    """The windows on a region one may read: process (None: not known yet), and whether it may write. Raises OSError."""
+    with _opened(name, mount) as (link, _):
+        lines = (link.mount / ".regions" / checked_name(name) / "attachments").read_text().splitlines()
+    return [(int(pid) if pid != "?" else None, way == "rw") for pid, way in (line.split()[:2] for line in lines)]
 
 
 def refusals(mount: Mount = None) -> list[Refusal]:

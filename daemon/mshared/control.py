@@ -213,6 +213,7 @@ class _Connection:
                 protocol.GetStat()
                 | protocol.GetMaps()
                 | protocol.GetList()
+                | protocol.GetHeat()
                 | protocol.GetRefusals()
                 | protocol.GetTrace()
             ):
@@ -227,6 +228,8 @@ class _Connection:
                 return Answer(await views.stat(self._region(message.attachment, fds)))
             case protocol.GetMaps():
                 return await views.maps(self._region(message.attachment, fds), message)
+            case protocol.GetHeat():
+                return await views.heat(self._region(None, fds), message)
             case protocol.GetTrace():
                 _expect(fds, 1)
                 return views.trace(service.traced_region(self.caller, read_ticket(fds[0], self._device)), message)

@@ -10,7 +10,7 @@ from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from mshared.observed import Trace
-from msharefs import dump, protocol
+from msharefs import dump, heat, protocol
 from msharefs.addr import AddrRange
 from msharefs.namespace import Namespace
 from msharefs.region import BackingKind
@@ -31,6 +31,12 @@ class Views:
         names = [dump.region_name(r) for r in self._namespace if after is None or (r.name or "") > after]
         count = protocol.fitting(names)
         return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
+
+    async def heat(self, region: LiveRegion, request: protocol.GetHeat) -> Answer:
+        """What a region holds where."""
+        with region.backing.duplicate() as fd:
+            await self.refresh(region, fd)
+        return Answer(heat.heat(region.model, request.cells))
 
     def refusals(self, caller: Caller, request: protocol.GetRefusals) -> Answer:
         """The last touches that were refused, in regions that the caller may read; as many as one packet takes."""

@@ -22,7 +22,7 @@ from mshare.cli import cli as group
 from msharefs import protocol
 
 PATIENCE = 30.0
-READING = ("ls", "stat", "maps", "doctor")
+READING = ("ls", "stat", "maps", "heat", "top", "faults", "explain", "completion", "man", "doctor")
 _AS_USER = """
 import ctypes, os, sys
 from mshare.cli import main

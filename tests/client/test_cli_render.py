@@ -114,3 +114,11 @@ from mshare.cli import render
 render.print_table([render.Column("ADDRESS"), render.Column("OWNER")], [("0x200000000000", "somebody-else")])
 """
     assert "0x200000000000  somebody-else" in shown_on_terminal(code)
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [(0, "0ns"), (999, "999ns"), (1500, "1.5us"), (36_400, "36us"), (999_600, "1ms"), (2_000_000_000, "2s")],
+)
+def test_durations_have_two_digits_or_three(nanoseconds: int, text: str) -> None:
+    assert render.duration(nanoseconds) == text

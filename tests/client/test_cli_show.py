@@ -144,3 +144,20 @@ def test_a_program_can_look_without_attaching(daemon: Any, client: Callable[...,
     assert name in [region.name for region in inspect.regions(daemon.mount)]
     assert inspect.stat(name, daemon.mount).attached == 1
     assert [vma.length for vma in inspect.maps(name, daemon.mount)] == [2 << 20]
+
+
+def test_ls_sorts_and_shows_the_columns_asked_for(cli: Mshare, client: Callable[..., Any], name: str) -> None:
+    """Numbers from the largest; without titles a line is a value, for scripts."""
+    client().do(
+        f"""
+        small = mshare.mshare({name + "-a"!r}, None, 2 << 20, CREATE)
+        large = mshare.mshare({name + "-b"!r}, None, 6 << 20, CREATE)
+        """
+    )
+    shown = [line for line in cli("ls", "--sort", "size", "-n", "-o", "size,name").lines if name in line]
+    assert [line.split() for line in shown] == [["6MiB", f"{name}-b"], ["2MiB", f"{name}-a"]]
+    names = [line for line in cli("ls", "-r", "-n", "-o", "name").lines if name in line]
+    assert names == [f"{name}-b", f"{name}-a"]
+    ran = cli("ls", "-o", "name,colour")
+    assert ran.status == 2
+    assert "'COLOUR' is none of NAME, ADDRESS" in ran.err

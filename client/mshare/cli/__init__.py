@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mshare.cli import change, daemon, doctor, place, show, units
+from mshare.cli import change, complete, daemon, doctor, heat, place, show, top, units
 from mshare.discovery import ENVIRONMENT
 
 __all__ = ["cli", "main"]
@@ -42,6 +42,8 @@ for command in (
     show.ls,
     show.stat,
     show.maps,
+    heat.heat,
+    top.top,
     change.create,
     change.fork,
     change.unlink,
@@ -50,6 +52,7 @@ for command in (
     daemon.up,
     daemon.down,
     units.install_units,
+    complete.completion,
 ):
     cli.add_command(command)
 

@@ -12,6 +12,7 @@ import click
 import mshare
 from mshare import syscalls
 from mshare.cli import render
+from mshare.cli.complete import region_argument
 from mshare.cli.place import about_region, served_mount
 from msharefs.addr import WINDOW_END, WINDOW_START
 from msharefs.errors import InvalidArgumentError
@@ -102,7 +103,7 @@ def create(
 
 
 @click.command()
-@click.argument("name")
+@region_argument
 @click.argument("new")
 @click.option(
     "--mode",
@@ -143,7 +144,7 @@ def _attached_somewhere(name: str, place: Path) -> mshare.Region:
 
 
 @click.command()
-@click.argument("name")
+@region_argument
 @click.pass_obj
 def unlink(mount: Path | None, name: str) -> None:
     """End region NAME: its name, its memory and its mappings. Nobody may be attached to it; see `rm`.
@@ -156,7 +157,7 @@ def unlink(mount: Path | None, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@region_argument
 @click.pass_obj
 def rm(mount: Path | None, name: str) -> None:
     """Take the name of region NAME away at once; its memory goes when the last attached process lets go of it.

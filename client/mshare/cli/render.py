@@ -7,12 +7,15 @@ import os
 import pwd
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
 import click
 
 from msharefs.units import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -34,12 +37,13 @@ def is_fancy() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, titles: bool = True) -> None:
     """Print a table. Cells are taken as they are: pass what others chose through ``printable``."""
-    if is_fancy():
+    if is_fancy() and titles:
         _print_rich(columns, rows)
     else:
-        click.echo(plain_table(columns, rows), nl=False)
+        text = plain_table(columns, rows)
+        click.echo(text if titles else text.partition("\n")[2], nl=False)
 
 
 def plain_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
@@ -88,6 +92,16 @@ def size_in_both(size: int) -> str:
     return f"{size} ({format_size(size)})" if size >= 1024 else f"{size}"
 
 
+def duration(nanoseconds: float) -> str:
+    """``36us``: two digits or three, and the unit."""
+    value, unit = float(nanoseconds), "ns"
+    for larger in ("us", "ms", "s"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f}{unit}" if value >= 9.95 else f"{value:.1f}".removesuffix(".0") + unit
+
+
 def user_name(uid: int) -> str:
     """The user's name, or the number where there is none."""
     try:
@@ -96,20 +110,26 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
-def _print_rich(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
-    from rich.cells import cell_len
-    from rich.console import Console
+def rich_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Table:
+    """The table as rich draws it."""
     from rich.table import Table
     from rich.text import Text
 
-    rows = list(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column.title, justify="right" if column.right else "left")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: a name like "[bold]" is no markup.
+    return table
+
+
+def _print_rich(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    rows = list(rows)
     titles = [column.title for column in columns]
     needed = sum(max(map(cell_len, cells)) + 2 for cells in zip(titles, *rows, strict=True))
     console = Console()
     console.width = max(console.width, needed)  # Where that is too wide the terminal folds lines, not we addresses.
-    console.print(table)
+    console.print(rich_table(columns, rows))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import stat as file_modes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from mshare import inspect
 from mshare.cli import render
+from mshare.cli.complete import region_argument
 from mshare.cli.place import about_region, served_mount
 from mshare.cli.render import Column
 from msharefs.perms import Prot
 from msharefs.protocol import RegionName, RegionStat, Vma
 
-_LS: Final = (
+LS: Final = (
     Column("NAME"),
     Column("ADDRESS", right=True),
     Column("SIZE", right=True),
@@ -34,24 +35,52 @@ _MAPS: Final = (
 )
 
 
+_ORDERS: Final[dict[str, Callable[[RegionName], Any]]] = {
+    "name": lambda region: region.name,
+    "address": lambda region: region.address,
+    "size": lambda region: -region.size,
+    "backing": lambda region: region.backing,
+    "owner": lambda region: render.user_name(region.uid),
+    "attached": lambda region: -region.attached,
+}
+
+
+def parse_columns(text: str) -> list[int]:
+    """Which columns of ``ls`` to show, by number, for ``name,size``."""
+    titles = [column.title for column in LS]
+    wanted = [word.strip().upper() for word in text.split(",")]
+    unknown = [word for word in wanted if word not in titles]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(titles)}")
+    return [titles.index(word) for word in wanted]
+
+
 @click.command()
+@click.option("--sort", type=click.Choice(list(_ORDERS)), default="name", show_default=True, help="What comes first.")
+@click.option("-r", "--reverse", is_flag=True, help="The other way round.")
+@click.option("-o", "--output", type=parse_columns, metavar="COLUMNS", help="These columns, in this order: name,size.")
+@click.option("-n", "--noheadings", is_flag=True, help="No line of titles.")
 @render.json_option
 @click.pass_obj
-def ls(mount: Path | None, *, as_json: bool) -> None:
-    """List the regions of the mount.
+def ls(
+    mount: Path | None, *, sort: str, reverse: bool, output: list[int] | None, noheadings: bool, as_json: bool
+) -> None:
+    """List the regions of the mount, as lsipc(1) lists what System V has.
 
-    Columns: name, address, size, backing, owner, mode, and how many processes are attached. Anybody may list;
-    bytes of a name that are no text, and control characters, are shown as escapes.
+    Columns: name, address, size, backing, owner, mode, and how many processes are attached. Numbers sort from the
+    largest. Anybody may list; bytes of a name that are no text, and control characters, are shown as escapes.
     """
-    found = inspect.regions(served_mount(mount))
+    found = sorted(inspect.regions(served_mount(mount)), key=_ORDERS[sort], reverse=reverse)
     if as_json:
         render.print_json(found)
-    else:
-        render.print_table(_LS, map(_ls_row, found))
+        return
+    shown = range(len(LS)) if output is None else output
+    rows = [[row[index] for index in shown] for row in map(ls_row, found)]
+    render.print_table([LS[index] for index in shown], rows, titles=not noheadings)
 
 
 @click.command()
-@click.argument("name")
+@region_argument
 @render.json_option
 @click.pass_obj
 def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
@@ -61,7 +90,8 @@ def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
     table_bytes_private, _shared, _kernel: what page tables would cost with a set for each attached process, what one
     set costs, and what the kernel counts for these processes. table_bytes_growth: how much all page tables of the
     machine have grown since the region was made. leaf_tables, pages: what forks have in common. copied, breaks: what
-    they have copied of each other, and how many touches of this region made it necessary.
+    they have copied of each other, and how many touches of this region made it necessary. fault_p50, fault_p99: within
+    what time the daemon answered half, and 99 of 100, of the faults it served.
     """
     place = served_mount(mount)
     with about_region(name):
@@ -73,7 +103,7 @@ def stat(mount: Path | None, name: str, *, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@region_argument
 @render.json_option
 @click.pass_obj
 def maps(mount: Path | None, name: str, *, as_json: bool) -> None:
@@ -91,7 +121,8 @@ def maps(mount: Path | None, name: str, *, as_json: bool) -> None:
         render.print_table(_MAPS, map(_maps_row, found))
 
 
-def _ls_row(region: RegionName) -> tuple[str, ...]:
+def ls_row(region: RegionName) -> tuple[str, ...]:
+    """What stands in a line."""
     return (
         render.printable(region.name),
         f"{region.address:#x}",
@@ -137,6 +168,8 @@ def _stat_pairs(found: RegionStat) -> Iterator[tuple[str, str]]:
     yield "pages", f"{found.pages_shared} shared with forks, {found.pages_private} private"
     yield "copied", render.size_in_both(found.copied)
     yield "breaks", str(found.breaks)
+    yield "fault_p50", render.duration(found.fault_p50_ns)
+    yield "fault_p99", render.duration(found.fault_p99_ns)
     for note in found.notes:
         yield "note", render.printable(note)
 

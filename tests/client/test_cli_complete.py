@@ -1,0 +1,67 @@
+"""Shells complete names of regions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Mshare = Callable[..., Any]
+COMPLETE = {"_MSHARE_COMPLETE": "bash_complete"}
+
+
+def words(mshare: Mshare, line: str, mount: Path | None = None) -> list[str]:
+    """What bash would offer for the last word of a line."""
+    count = len(line.split(" ")) - 1
+    ran = mshare(mount=mount, env={**COMPLETE, "COMP_WORDS": line, "COMP_CWORD": str(count)})
+    assert ran.status == 0
+    return [row.partition(",")[2] for row in ran.out.splitlines() if row]
+
+
+def test_names_of_regions_are_offered(mshare: Mshare, daemon: Any, client: Callable[..., Any], name: str) -> None:
+    client().do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE)")
+    for command in ("heat", "fork"):
+        assert name in words(mshare, f"mshare {command} {name[:8]}", daemon.mount)
+    assert words(mshare, f"mshare stat x{name}", daemon.mount) == []
+    assert name in words(mshare, f"mshare --mount {daemon.mount} stat {name[:8]}")
+
+
+def test_commands_are_offered(mshare: Mshare, daemon: Any) -> None:
+    assert "heat" in words(mshare, "mshare he", daemon.mount)
+
+
+def test_without_a_daemon_nothing_is_offered_and_nothing_said(mshare: Mshare, tmp_path: Path) -> None:
+    assert words(mshare, "mshare stat ", tmp_path) == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_a_script_that_it_can_read(cli: Mshare, shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("\n".join(cli("completion", shell).lines) + "\n")
+    assert "_MSHARE_COMPLETE" in script.read_text()
+    found = shutil.which(shell)
+    if found is None:
+        pytest.skip(f"no {shell} here to read its script")
+    done = subprocess.run([found, "-n", str(script)], capture_output=True, check=False, env=dict(os.environ))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_bash_completes_with_the_script(
+    cli: Mshare, daemon: Any, client: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    client().do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE)")
+    script = "\n".join(cli("completion", "bash").lines)
+    here = tmp_path / "mshare"
+    here.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[0] = 'mshare'\nfrom mshare.cli import main\nmain()\n")
+    here.chmod(0o755)
+    ask = f"{script}\nCOMP_WORDS=(mshare stat {name[:8]}); COMP_CWORD=2; _mshare_completion mshare\n"
+    ask += 'echo "${COMPREPLY[@]}"'
+    env = {**os.environ, "MSHAREFS": str(daemon.mount), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, env=env, check=True)
+    assert name in done.stdout.split()
