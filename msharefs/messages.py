@@ -47,7 +47,9 @@ class DonatedRange:
 class Create:
     """Client: make a region. ``mode`` is what umask left; with ``donated`` the rest of the range is a hole.
 
-    ``readonly``: the creator itself wants a window that cannot write. Descriptors: the files of donated mappings.
+    ``readonly``: the creator itself wants a window that cannot write. ``used``: how many of the bytes its users are to
+    see, None for all. With ``kept`` the region ends by itself, name and all, once nobody is attached and a certain
+    process has ended. Descriptors: the files of donated mappings, then a pidfd of that process.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Create:
     readonly: bool = False
     backing: str | None = None
     donated: tuple[DonatedRange, ...] = ()
+    used: int | None = None
+    kept: bool = False
 
 
 @attrs.frozen
@@ -80,7 +84,7 @@ class Offer:
 
     Without ``device`` the client makes its userfaultfd by the system call, for user mode only. ``inode`` is that of the
     region's file, ``page`` the size of the region's pages: 2 MiB with ``hugetlb``, where nothing can be written to the
-    backing file but by mapping it.
+    backing file but by mapping it. ``used``: see ``Create``.
     """
 
     offer: int
@@ -90,6 +94,7 @@ class Offer:
     readonly: bool
     device: bool
     page: int = PAGE_SIZE
+    used: int | None = None
 
 
 @attrs.frozen

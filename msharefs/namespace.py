@@ -93,12 +93,17 @@ class Namespace:
         who: Credentials,
         *,
         empty: bool = False,
+        used: int | None = None,
+        kept: bool = False,
     ) -> Region:
         """A new region, not ready yet: it takes its name, and its range when the daemon chooses the address.
 
-        Without ``empty`` it starts as one anonymous read-write mapping. ``mode`` is what umask left.
+        Without ``empty`` it starts as one anonymous read-write mapping. ``mode`` is what umask left. With ``kept`` it
+        is transient; ``release`` says when it is not kept any more.
         """
         self._check_new(name, mode, who)
+        if used is not None and not 0 < used <= size:
+            raise InvalidArgumentError(f"{used} bytes cannot be used of a region of {size}")
         align = max(self.policy.align, backing.align)
         why = "mshared --align" if align == self.policy.align else f"backing {backing}"
         ar = check_user_range(WINDOW_START if addr is None else addr, size, align, why)
@@ -115,8 +120,9 @@ class Namespace:
         if not empty:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)
-        region = Region(RegionId(next(self._region_ids)), name, owner, backing, mm)
-        self._by_name[name] = self._by_id[region.id] = region
+        number = RegionId(next(self._region_ids))
+        region = Region(number, name, owner, backing, mm, used=used, transient=kept, kept=kept)
+        self._by_name[name] = self._by_id[number] = region
         return region
 
     def check_fork(self, origin: Region, name: str | None, mode: int, who: Credentials) -> None:
@@ -151,6 +157,11 @@ class Namespace:
     def detach(self, region: Region, attachment: Attachment) -> bool:
         """Drop a reference; whether the region is gone with it, because it had no name any more."""
         del region.attachments[attachment.id]
+        return self._forget_if_unused(region)
+
+    def release(self, region: Region) -> bool:
+        """The process that has kept a transient region is gone; whether the region is gone with it."""
+        region.kept = False
         return self._forget_if_unused(region)
 
     def check_unlink(self, region: Region, pid: int, *, may_write: bool) -> None:
@@ -210,8 +221,12 @@ class Namespace:
             region.name = None
 
     def _forget_if_unused(self, region: Region) -> bool:
-        """The last reference and the name are both gone: so is the region."""
-        if region.attachments or region.name is not None:
+        """The last reference and the name are both gone: so is the region. A transient one does not keep its name."""
+        if region.attachments:
+            return False
+        if region.transient and not region.kept:
+            self._drop_name(region)
+        if region.name is not None:
             return False
         del self._by_id[region.id]
         return True

@@ -71,6 +71,8 @@ class Region:
     ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the
     name, at that time, of the region that this is a fork of, ``breaks`` how often a touch of a page that relatives have
     in common was served, ``latency`` how long faults took from when the daemon read of them to the answer.
+    ``used`` is how many bytes its users are to see. One that is ``transient`` loses its name once nobody is attached
+    and it is not ``kept`` any more, which is as long as a certain process lives.
     """
 
     id: RegionId
@@ -84,6 +86,9 @@ class Region:
     origin: str | None = None
     breaks: int = 0
     latency: LatencyHistogram = attrs.Factory(LatencyHistogram)
+    used: int | None = None
+    transient: bool = False
+    kept: bool = False
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
 
     @property

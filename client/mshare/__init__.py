@@ -13,6 +13,7 @@ from __future__ import annotations
 from mshare.api import mshare, mshare_unlink, remove
 from mshare.odfork import odfork, set_odfork_default
 from mshare.region import Region
+from mshare.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
 from msharefs.perms import MAP_REFPAGE, MAP_SHARED_PT
 from msharefs.protocol import RegionStat, Vma
 
@@ -21,6 +22,9 @@ __all__ = [
     "MAP_SHARED_PT",
     "Region",
     "RegionStat",
+    "ShareableList",
+    "SharedMemory",
+    "SharedMemoryManager",
     "Vma",
     "mshare",
     "mshare_unlink",

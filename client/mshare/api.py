@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from pathlib import Path
 from typing import Final
+
+import attrs
 
 from mshare import syscalls as sc
 from mshare.connection import Connection, connect, reply_of
@@ -15,7 +18,24 @@ from mshare.region import Region, attached_as, check_no_window, close_windows
 from mshare.tickets import Name, checked_name, inode_of, opened
 from mshare.window import RangeInUseError, Window
 from msharefs import protocol
-from msharefs.addr import PAGE_SIZE
+from msharefs.addr import PAGE_SIZE, round_up
+
+
+@attrs.frozen
+class Terms:
+    """What a region is made with, beside its name and place; see ``mshare``.
+
+    ``used`` as in ``protocol.Create``. ``keeper`` is a pidfd of the process that keeps it, if it shall end by itself.
+    With ``reserve`` there is memory for what is used of it, or it is not made.
+    """
+
+    mode: int
+    backing: str | None = None
+    empty: bool = False
+    used: int | None = None
+    keeper: int | None = None
+    reserve: bool = False
+
 
 _KNOWN_FLAGS: Final = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _TRIES: Final = 100
@@ -47,15 +67,19 @@ def mshare(
     in use, flags, wrong length, a file that cannot be opened again), E2BIG (more files than can be donated at once),
     EEXIST, ENOENT, EACCES, ENAMETOOLONG, ENOSPC, EDQUOT, EOPNOTSUPP.
     """
-    text = checked_name(name)
+    return open_region(checked_name(name), addr, length, oflags, Terms(mode, backing, empty), find_mount(mount))
+
+
+def open_region(text: str, addr: int | None, length: int, oflags: int, terms: Terms, mount: Path) -> Region:
+    """The same, with all terms there are. Raises OSError, also ENOMEM for what cannot be reserved."""
     _check_flags(oflags)
     _check_words(addr or 0, length)
-    link = connect(find_mount(mount))
+    link = connect(mount)
     tries = 0
     while tries < _TRIES:
         region = None
         if oflags & os.O_CREAT:
-            region = _create(link, text, addr, length, oflags, mode, backing, empty=empty)
+            region = _create(link, text, addr, length, oflags, terms)
         try:
             return region or _attach(link, text, addr, length, oflags)
         except _Vanished:
@@ -92,35 +116,28 @@ class _Vanished(Exception):
     """The region went while we looked; with O_CREAT the caller starts over."""
 
 
-def _create(
-    link: Connection,
-    name: str,
-    addr: int | None,
-    length: int,
-    oflags: int,
-    mode: int,
-    backing: str | None,
-    *,
-    empty: bool,
-) -> Region | None:
+def _create(link: Connection, name: str, addr: int | None, length: int, oflags: int, terms: Terms) -> Region | None:
     """Create a region, or None: one exists already and may be attached to, or another address must be tried."""
     with contextlib.closing(_donation_of(addr, length)) as donation:
         request = protocol.Create(
             name=name,
             addr=addr,
             size=length,
-            mode=mode & ~sc.umask(),
+            mode=terms.mode & ~sc.umask(),
             exclusive=bool(oflags & os.O_EXCL),
-            empty=empty,
+            empty=terms.empty,
             readonly=oflags & os.O_ACCMODE == os.O_RDONLY,
-            backing=backing,
+            backing=terms.backing,
             donated=donation.ranges,
+            used=terms.used,
+            kept=terms.keeper is not None,
         )
-        reply, fds = link.exchange(request, donation.descriptors)
+        keeper = () if terms.keeper is None else (terms.keeper,)
+        reply, fds = link.exchange(request, donation.descriptors + keeper)
         if isinstance(reply, protocol.Exists):
             return None
         try:
-            return _enter(link, name, reply, fds, donation if donation.parts else None)
+            return _enter(link, name, reply, fds, donation if donation.parts else None, reserve=terms.reserve)
         except RangeInUseError:
             if addr is None:
                 return None
@@ -149,12 +166,22 @@ def _attach(link: Connection, name: str, addr: int | None, length: int, oflags: 
     return _enter(link, name, reply, fds, None)
 
 
-def _enter(link: Connection, name: str, reply: protocol.Message, fds: list[int], donation: Donation | None) -> Region:
+def _enter(
+    link: Connection,
+    name: str,
+    reply: protocol.Message,
+    fds: list[int],
+    donation: Donation | None,
+    *,
+    reserve: bool = False,
+) -> Region:
     """Take up an offer: map the backing, or put it in the place of what is donated; be armed before anybody looks."""
     offer = _offer_of(reply, fds)
     window = Window(offer)
     try:
         backing, device = fds[0], fds[1] if offer.device else None
+        if reserve and offer.page == PAGE_SIZE:  # The daemon has others promised to it.
+            sc.allocate(backing, round_up(offer.used or offer.size, PAGE_SIZE))
         if donation is None:
             window.map(backing)
         else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
 import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -40,7 +42,7 @@ class Connection:
 
     def exchange(self, request: protocol.Request, fds: tuple[int, ...] = ()) -> tuple[protocol.Message, list[int]]:
         """Make a request; the reply and the descriptors that came, which are the caller's. Raises OSError."""
-        with self._lock:
+        with _postponed(), self._lock:
             try:
                 reply, received = self._exchange(request, fds)
             except BaseException:
@@ -141,6 +143,38 @@ def forget_all() -> None:
     _connections_lock = threading.Lock()
     for connection in _connections.values():
         connection.forget()
+
+
+class _Postponed(threading.local):
+    """What the collector has come upon while this thread was in the middle of an exchange, and how deep it is in."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.work: deque[Callable[[], object]] = deque()
+
+
+_this_thread = _Postponed()
+
+
+def when_idle(work: Callable[[], object]) -> None:
+    """Do it now; or, where the collector calls in the middle of an exchange of this thread, right after that."""
+    _this_thread.work.append(work)
+    _catch_up()
+
+
+@contextlib.contextmanager
+def _postponed() -> Iterator[None]:
+    _this_thread.depth += 1
+    try:
+        yield
+    finally:
+        _this_thread.depth -= 1
+        _catch_up()
+
+
+def _catch_up() -> None:
+    while _this_thread.work and not _this_thread.depth:
+        _this_thread.work.popleft()()
 
 
 def _send(sock: socket.socket, request: protocol.Request, fds: tuple[int, ...]) -> None:

@@ -39,6 +39,7 @@ class Region:
         self._link = link
         self._window = window
         self._inode = offer.inode
+        self._used = offer.used or offer.size
         self._served_advice = _SERVED_ADVICE if offer.page == PAGE_SIZE else _SERVED_ADVICE | _ADVICE_ON_SIZES
         self._attachment = attachment
         self._pid = os.getpid()
@@ -60,6 +61,11 @@ class Region:
     def size(self) -> int:
         """Bytes of the region."""
         return self._window.size
+
+    @property
+    def used(self) -> int:
+        """How many of its bytes are meant to be used: all, but of a ``SharedMemory`` those that were asked for."""
+        return self._used
 
     @property
     def readonly(self) -> bool:
@@ -264,13 +270,14 @@ class Region:
 
 
 _attached: list[Region] = []
-_attached_lock = threading.Lock()
+_attached_lock = threading.RLock()
+"""Not a plain one: the collector may end a region while this thread holds it."""
 
 
 def attached_as(mount: Path, inode: int) -> list[Region]:
     """This process's windows on the region with that inode."""
     with _attached_lock:
-        return [region for region in _attached if region.shows(mount, inode)]
+        return [region for region in list(_attached) if region.shows(mount, inode)]
 
 
 def attached_regions() -> list[Region]:
@@ -282,7 +289,7 @@ def attached_regions() -> list[Region]:
 def check_no_window(start: int, end: int) -> None:
     """Refuse to donate what is another region's already. Raises OSError EINVAL."""
     with _attached_lock:
-        windows = [region for region in _attached if region.address < end and start < region.address + region.size]
+        windows = [each for each in list(_attached) if each.address < end and start < each.address + each.size]
     if windows:
         raise OSError(errno.EINVAL, f"the range holds a window of region {windows[0].name!r}; detach it first")
 
@@ -304,7 +311,7 @@ def close_windows(regions: list[Region]) -> None:
 
 def _in_forked_child() -> None:
     global _attached_lock
-    _attached_lock = threading.Lock()
+    _attached_lock = threading.RLock()
     connection.forget_all()
     for region in _attached:
         region.after_fork()

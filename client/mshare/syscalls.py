@@ -87,6 +87,29 @@ def punch(fd: int, offset: int, length: int) -> None:
         raise _error("fallocate")
 
 
+def allocate(fd: int, length: int) -> None:
+    """Have memory for the first ``length`` bytes of a file, as zeros where there was none (fallocate(2)).
+
+    Raises OSError: ENOMEM, with nothing done, when the machine has less than that to give; ENOSPC.
+    """
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = sum(int(fields[key].split()[0]) << 10 for key in ("MemAvailable", "SwapFree"))
+    if length > free:
+        raise OSError(errno.ENOMEM, f"{length} bytes are asked for, and this machine has {free} to give; free some")
+    while _libc.fallocate(fd, 0, 0, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            text = f"no room for {length} bytes: {os.strerror(number)}; unlink some regions, or raise --max-bytes"
+            raise OSError(number, text)
+
+
+def free_address(length: int, align: int) -> int:
+    """A multiple of ``align`` from which on nothing is mapped for ``length`` bytes; for the moment. Raises OSError."""
+    found = mmap(None, length + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+    munmap(found, length + align)
+    return -(-found // align) * align
+
+
 def filesystem(fd: int) -> int:
     """The magic number of a file's filesystem (statfs(2)). Raises OSError."""
     found = ctypes.create_string_buffer(128)

@@ -17,7 +17,11 @@ ANCHOR_SIZE = ANCHOR_PAGES * PAGE_SIZE
 
 
 class RangeInUseError(OSError):
-    """Something else of this process stands where the window should go."""
+    """Something else of this process stands where the window, of ``size`` bytes, should go."""
+
+    def __init__(self, address: int, size: int) -> None:
+        super().__init__(errno.EINVAL, f"{address:#x}+{size:#x} is in use in this process; attach at another address")
+        self.size = size
 
 
 class Window:
@@ -55,16 +59,15 @@ class Window:
         MAP_NORESERVE, since the daemon reserves what is mapped: a window would do so for holes, too.
         """
         shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
-        text = f"{self.address:#x}+{self.size:#x} is in use in this process; attach at another address"
         try:
             got = sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
         except FileExistsError as error:
-            raise RangeInUseError(errno.EINVAL, text) from error
+            raise RangeInUseError(self.address, self.size) from error
         self._mapped = True
         if got != self.address:  # A kernel that does not know MAP_FIXED_NOREPLACE takes the address for a hint.
             sc.munmap(got, self.size)
             self._mapped = False
-            raise RangeInUseError(errno.EINVAL, text)
+            raise RangeInUseError(self.address, self.size)
 
     def keep_from_children(self, *, keep: bool) -> None:
         """Have forked children have no window here (MADV_DONTFORK), or have it again. Raises OSError."""
@@ -111,7 +114,7 @@ class Window:
     def close(self) -> None:
         """Unmap. Raises BufferError, with nothing changed, while views of it are alive."""
         if self._view is not None:
-            if _has_relatives(self._view):
+            if has_relatives(self._view) or _is_referred_to(self._view):
                 raise BufferError("views of the region's buf are alive; release them before detaching")
             self._view.release()  # Raises BufferError while an array, say, uses it.
             self._view = None
@@ -139,7 +142,7 @@ class Window:
             self.userfaultfd = -1
 
 
-def _has_relatives(view: memoryview) -> bool:
+def has_relatives(view: memoryview) -> bool:
     """Whether other memoryviews look at the same memory: slices and casts share one managed buffer with ``view``.
 
     A view of raw memory pins nothing: unmapping under one that is alive would crash whoever touches it later.
@@ -152,6 +155,11 @@ def _has_relatives(view: memoryview) -> bool:
     return others > sum(isinstance(each, memoryview) and _is_released(each) for each in gc.get_referrers(managed))
 
 
+def _is_referred_to(view: memoryview) -> bool:
+    """Whether somebody refers to the memory past all views of it, as NumPy's ``ndarray(buffer=view)`` does."""
+    return sys.getrefcount(view.obj) > _REFERENCES_OF_ITS_OBJECT
+
+
 def _is_released(view: memoryview) -> bool:
     try:
         _ = view.nbytes
@@ -160,11 +168,11 @@ def _is_released(view: memoryview) -> bool:
     return False
 
 
-def _references_of_one_view() -> int:
-    """What sys.getrefcount says in ``_has_relatives`` when a view is alone."""
+def _references_of_one_view() -> tuple[int, int]:
+    """What sys.getrefcount says in ``has_relatives`` when a view is alone, and in ``_is_referred_to``."""
     view = memoryview(bytearray(1))
     (managed,) = gc.get_referents(view)
-    return sys.getrefcount(managed)
+    return sys.getrefcount(managed), sys.getrefcount(view.obj)
 
 
-_REFERENCES_OF_ONE_VIEW = _references_of_one_view()
+_REFERENCES_OF_ONE_VIEW, _REFERENCES_OF_ITS_OBJECT = _references_of_one_view()

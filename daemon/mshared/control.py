@@ -239,12 +239,15 @@ class _Connection:
         return views.refusals(self.caller, message)
 
     async def _created(self, message: protocol.Create, fds: list[int]) -> Answer:
-        _expect(fds, len({part.file.descriptor for part in message.donated if part.file}))
-        files = await donations.open_files(fds)
+        donated = len({part.file.descriptor for part in message.donated if part.file})
+        _expect(fds, donated + message.kept)
+        files = await donations.open_files(fds[:donated])
+        keeper, fds[donated:] = fds[donated:], []
         try:
-            answer, pending = self._service.create(self.caller, message, files)
+            answer, pending = self._service.create(self.caller, message, files, keeper)
         finally:
             donations.close_files(files)
+            fds += keeper
         return answer if pending is None else self._offered(answer, pending)
 
     async def _forking(self, message: protocol.Forking) -> Answer:

@@ -23,6 +23,7 @@ from mshared.backing import Backing
 from mshared.family import Family
 from mshared.filling import Filling, Waiting
 from mshared.forks import Forks
+from mshared.keepers import Keepers
 from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
 from mshared.uffd import Outcome, Uffd, is_userfaultfd
@@ -65,6 +66,7 @@ class Lifetimes:
         self.filling = Filling(self._again)
         self.settling = Settling(self.read_events)
         self.journal = observed.Journal()
+        self.keepers = Keepers(pager, self._on_keeper_gone)
 
     @property
     def fork_events(self) -> bool:
@@ -108,6 +110,7 @@ class Lifetimes:
     def forget(self, region: LiveRegion) -> None:
         """Close the files of a region that the namespace has let go."""
         del self._regions[region.model.id]
+        self.keepers.discard(region)
         region.settled.set()
         region.ended = True
         self.settling.request(region)
@@ -240,6 +243,10 @@ class Lifetimes:
         for live in [a for a in self._attachments.values() if a.model.pid == pid]:
             self.drop(live)
         self._unwatch_process(pid)
+
+    def _on_keeper_gone(self, region: LiveRegion) -> None:
+        if self.namespace.release(region.model):
+            self.forget(region)
 
     def _on_messages(self, live: LiveAttachment) -> None:
         data = live.uffd.read()

@@ -65,10 +65,13 @@ class Service:
         self.snapshots = Snapshots(namespace, lifetimes, store)
         self.views = Views(namespace, lifetimes, notes)
 
-    def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
+    def create(
+        self, caller: Caller, request: protocol.Create, files: list[Opened], keeper: list[int] | None = None
+    ) -> tuple[Answer, Pending | None]:
         """Make a region and offer it to its creator, or say that it exists.
 
-        The files of what is donated are taken out of ``files`` when they are the region's.
+        The files of what is donated are taken out of ``files`` when they are the region's, and so is the pidfd in
+        ``keeper`` of the process that keeps it.
         """
         if request.readonly and request.donated:
             raise InvalidArgumentError("memory cannot be donated through a read-only window; use O_RDWR")
@@ -84,6 +87,8 @@ class Service:
             kind,
             caller.who,
             empty=request.empty or bool(request.donated),
+            used=request.used,
+            kept=request.kept,
         )
         try:
             backing = self.store.create(model.id, kind, model.ar.size)
@@ -94,6 +99,8 @@ class Service:
         try:
             donations.map_donated(live, request.donated, files)
             live.reserve(model.ar)
+            if request.kept:
+                self.lifetimes.keepers.keep(live, keeper or [])
         except BaseException:
             self.namespace.abandon(model)
             self.lifetimes.forget(live)
@@ -330,7 +337,7 @@ class Service:
         fd = live.backing.readonly if readonly else live.backing.writable
         device = () if self.lifetimes.uffd_device is None else (self.lifetimes.uffd_device,)
         inode, size, page = live.model.id * INODES_A_REGION, live.model.ar.size, live.model.mm.page
-        reply = protocol.Offer(0, inode, addr, size, readonly, bool(device), page)
+        reply = protocol.Offer(0, inode, addr, size, readonly, bool(device), page, live.model.used)
         return Answer(reply, (fd, *device))
 
     def _backing_kind(self, wanted: str | None) -> BackingKind:

@@ -400,3 +400,54 @@ class TestConnections:
         link.call(ASK, protocol.Listing)
         connection._hang_up_all()
         assert link._sock is None
+
+
+class TestPostponed:
+    """What the collector comes upon while a thread is in the middle of an exchange."""
+
+    def test_otherwise_it_is_done_at_once(self) -> None:
+        done: list[int] = []
+        connection.when_idle(lambda: done.append(1))
+        assert done == [1]
+
+    def test_it_is_done_right_after_in_order(self, link: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[str] = []
+        plain = connection._receive
+
+        def receive(sock: Any) -> Any:
+            connection.when_idle(lambda: done.append("first"))
+            connection.when_idle(lambda: done.append("second"))
+            answer = plain(sock)
+            assert done == []
+            return answer
+
+        link.call(protocol.GetList("1"), protocol.Listing)
+        monkeypatch.setattr(connection, "_receive", receive)
+        link.call(protocol.GetList("2"), protocol.Listing)
+        assert done == ["first", "second"]
+
+    def test_it_may_itself_make_requests(self, link: Connection, daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = connection._receive
+
+        def receive(sock: Any) -> Any:
+            monkeypatch.setattr(connection, "_receive", plain)
+            connection.when_idle(lambda: link.call(protocol.GetList("8"), protocol.Listing))
+            return plain(sock)
+
+        link.call(protocol.GetList("6"), protocol.Listing)
+        monkeypatch.setattr(connection, "_receive", receive)
+        link.call(protocol.GetList("7"), protocol.Listing)
+        assert [each.after for each in daemon.heard[1:]] == ["6", "7", "8"]
+
+    def test_it_is_done_though_the_exchange_fails(self, link: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[int] = []
+
+        def receive(_sock: Any) -> Any:
+            connection.when_idle(lambda: done.append(1))
+            raise ConnectionResetError
+
+        link.call(protocol.GetList("1"), protocol.Listing)
+        monkeypatch.setattr(connection, "_receive", receive)
+        with pytest.raises(ConnectionResetError):
+            link.call(protocol.GetList("2"), protocol.Listing)
+        assert done == [1]

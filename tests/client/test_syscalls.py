@@ -403,3 +403,37 @@ def test_without_proc_the_umask_is_taken_to_be_the_usual(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "open", fail)
     assert sc.umask() == 0o022
+
+
+class TestAllocate:
+    """Memory for a file, before anybody touches it."""
+
+    def test_it_is_there_then(self) -> None:
+        fd = os.memfd_create("allocated")
+        os.ftruncate(fd, 8 * PAGE_SIZE)
+        sc.allocate(fd, 3 * PAGE_SIZE)
+        assert (os.fstat(fd).st_blocks * 512, os.fstat(fd).st_size) == (3 * PAGE_SIZE, 8 * PAGE_SIZE)
+        assert os.pread(fd, 8 * PAGE_SIZE, 0) == bytes(8 * PAGE_SIZE)
+        os.close(fd)
+
+    def test_more_than_the_machine_has_is_enomem_and_takes_nothing(self) -> None:
+        fd = os.memfd_create("allocated")
+        with pytest.raises(OSError, match="this machine has") as caught:
+            sc.allocate(fd, 1 << 50)
+        assert (caught.value.errno, os.fstat(fd).st_blocks) == (errno.ENOMEM, 0)
+        os.close(fd)
+
+    def test_other_errors_are_told(self) -> None:
+        ends = os.pipe()
+        with pytest.raises(OSError, match="no room for 4096 bytes") as caught:
+            sc.allocate(ends[0], 4096)
+        assert caught.value.errno == errno.EBADF
+        for fd in ends:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("align", [PAGE_SIZE, 1 << 21, 1 << 30])
+def test_a_free_address_is_aligned_and_can_be_had(memory: Callable[..., int], align: int) -> None:
+    start = sc.free_address(3 * PAGE_SIZE, align)
+    assert start % align == 0
+    assert memory(3, at=start) == start

@@ -365,6 +365,61 @@ class TestLimits:
             create(ns, "b")
 
 
+class TestTransient:
+    """Regions that end by themselves."""
+
+    def made(self, ns: Namespace) -> Region:
+        return ns.create("a", None, PMD_SIZE, 0o600, BackingKind.SMALL, ANN, kept=True)
+
+    def test_while_it_is_kept_it_is_as_any_other(self) -> None:
+        ns = namespace()
+        region = self.made(ns)
+        attachment = ns.attach(region, region.ar.start, 100, readonly=False)
+        assert not ns.detach(region, attachment)
+        assert ns.find("a") is region
+
+    def test_nobody_has_it_and_then_it_is_not_kept_any_more(self) -> None:
+        ns = namespace()
+        region = self.made(ns)
+        ns.detach(region, ns.attach(region, region.ar.start, 100, readonly=False))
+        assert ns.release(region)
+        assert (ns.all(), list(ns)) == ([], [])
+
+    def test_it_is_not_kept_any_more_and_then_the_last_lets_it_go(self) -> None:
+        ns = namespace()
+        region = self.made(ns)
+        first, second = (ns.attach(region, region.ar.start, pid, readonly=False) for pid in (100, 101))
+        assert not ns.release(region)
+        assert not ns.detach(region, first)
+        assert ns.find("a") is region
+        assert ns.detach(region, second)
+        assert ns.all() == []
+        create(ns, "a")
+
+    def test_its_name_may_have_gone_before_and_be_anothers(self) -> None:
+        ns = namespace()
+        region = self.made(ns)
+        attachment = ns.attach(region, region.ar.start, 100, readonly=False)
+        ns.remove(region, ANN)
+        other = create(ns, "a")
+        assert not ns.release(region)
+        assert ns.detach(region, attachment)
+        assert ns.find("a") is other
+
+    def test_any_other_stays(self) -> None:
+        ns = namespace()
+        region = create(ns)
+        assert not ns.release(region)
+        assert ns.find("a") is region
+
+    @pytest.mark.parametrize("used", [0, -1, PMD_SIZE + 1])
+    def test_no_more_of_it_can_be_used_than_there_is(self, used: int) -> None:
+        ns = namespace()
+        with pytest.raises(InvalidArgumentError):
+            ns.create("a", None, PMD_SIZE, 0o600, BackingKind.SMALL, ANN, used=used)
+        assert ns.all() == []
+
+
 class TestAttachments:
     """References, and what is left when the last one goes."""
 

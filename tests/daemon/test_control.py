@@ -53,10 +53,13 @@ class FakeService:
         if self.error is not None:
             raise self.error
 
-    def create(self, caller: Caller, request: protocol.Create, files: list[Opened]) -> tuple[Answer, Pending | None]:
-        self._note(caller, (request, [file.fd for file in files]))
+    def create(
+        self, caller: Caller, request: protocol.Create, files: list[Opened], keeper: list[int]
+    ) -> tuple[Answer, Pending | None]:
+        self._note(caller, (request, [file.fd for file in files], list(keeper)))
         if self.takes_files:
             files.clear()
+            keeper.clear()
         return Answer(protocol.Offer(0, 16, 0, 0, readonly=False, device=False), self.answer.fds), self.pending
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
@@ -416,11 +419,38 @@ class TestDonatedFiles:
             async with Peer(path) as peer:
                 await peer.say(HELLO)
                 assert isinstance(await peer.say(self.REQUEST, fds), protocol.Offer)
-                request, taken = service.asked[-1]  # type: ignore[misc]
-                assert request == self.REQUEST
+                request, taken, keeper = service.asked[-1]  # type: ignore[misc]
+                assert (request, keeper) == (self.REQUEST, [])
                 assert [os.fstat(fd).st_ino for fd in taken] == [os.fstat(fd).st_ino for fd in fds]
                 for fd in taken:
                     os.close(fd)
+
+        run(work)
+        for fd in fds:
+            os.close(fd)
+
+    @pytest.mark.parametrize("files", [0, 2])
+    @pytest.mark.parametrize("takes", [False, True])
+    def test_a_keeper_comes_last_and_is_taken_or_closed(
+        self, run: Any, service: FakeService, files: int, *, takes: bool
+    ) -> None:
+        """``run`` counts descriptors."""
+        fds = [os.memfd_create("it") for _ in range(files)] + [os.eventfd(0)]
+        service.takes_files = takes
+        request = attrs.evolve(self.REQUEST if files else CREATE, kept=True)
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                assert failure(await peer.say(request, fds[:-1])) == errno.EBADF
+                assert isinstance(await peer.say(request, fds), protocol.Offer)
+                _, taken, (keeper,) = service.asked[-1]  # type: ignore[misc]
+                assert len(taken) == files
+                if takes:
+                    os.eventfd_write(keeper, 5)
+                    assert os.eventfd_read(fds[-1]) == 5
+                    for fd in (*taken, keeper):
+                        os.close(fd)
 
         run(work)
         for fd in fds:

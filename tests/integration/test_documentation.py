@@ -66,6 +66,17 @@ def test_a_store_is_saved_while_it_changes(daemon: Daemon, tmp_path: Path) -> No
     assert leftovers(daemon.mount) == []
 
 
+def test_arrays_are_shared(daemon: Daemon) -> None:
+    """Structured, larger than 2 GiB, and not to be written; changed by another process, where it is shown."""
+    told = run(daemon.mount, sys.executable, str(ROOT / "examples/arrays.py")).splitlines()
+    assert told == [
+        "100000 particles have moved by 1.0, the last is 99999",
+        "a reader sees 1.0 and 2.0 of 3 GiB",
+        "and cannot write: assignment destination is read-only",
+    ]
+    assert leftovers(daemon.mount) == []
+
+
 def test_commands_named_in_the_readme_exist() -> None:
     """Every scripts/... that README.md names can be executed, and every option of ours that it shows is known."""
     text = (ROOT / "README.md").read_text()

@@ -1,0 +1,103 @@
+"""Keepers: processes whose end is noticed, by real pidfds."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mshared.keepers import Keepers, is_pidfd
+from mshared.pager import Pager
+from msharefs.errors import BadDescriptorError
+
+Other = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture
+def pager() -> Iterator[Pager]:
+    pager = Pager()
+    yield pager
+    pager.close()
+
+
+@pytest.fixture
+def gone_regions() -> list[object]:
+    return []
+
+
+@pytest.fixture
+def keepers(pager: Pager, gone_regions: list[object]) -> Keepers:
+    return Keepers(pager, gone_regions.append)
+
+
+def test_the_end_of_a_process_is_told_once(
+    keepers: Keepers,
+    pager: Pager,
+    gone_regions: list[object],
+    other_process: Other,
+    open_descriptors: Callable[[], int],
+) -> None:
+    pid, sock = other_process(lambda sock: sock.recv(1))
+    region: Any = object()
+    before = open_descriptors()
+    mine = [os.pidfd_open(pid)]
+    watched = os.dup(mine[0])
+    keepers.keep(region, mine)
+    assert mine == []
+    pager.drain()
+    assert gone_regions == []
+    sock.send(b".")
+    assert select.select([watched], [], [], 10)[0]
+    os.close(watched)
+    pager.drain()
+    pager.drain()
+    assert gone_regions == [region]
+    assert open_descriptors() == before
+
+
+def test_of_a_region_that_ended_before_nothing_is_told(
+    keepers: Keepers,
+    pager: Pager,
+    gone_regions: list[object],
+    other_process: Other,
+    open_descriptors: Callable[[], int],
+) -> None:
+    pid, sock = other_process(lambda sock: sock.recv(1))
+    region: Any = object()
+    before = open_descriptors()
+    keepers.keep(region, [os.pidfd_open(pid)])
+    keepers.discard(region)
+    keepers.discard(region)
+    assert open_descriptors() == before
+    sock.send(b".")
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    pager.drain()
+    assert gone_regions == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_other_descriptors_are_refused_and_left(keepers: Keepers, pipe_ends: list[int], count: int) -> None:
+    region: Any = object()
+    given = pipe_ends[:count]
+    with pytest.raises(BadDescriptorError, match="pidfd"):
+        keepers.keep(region, given)
+    assert given == pipe_ends[:count]
+
+
+def test_only_a_pidfd_is_one(pipe_ends: list[int]) -> None:
+    mine = os.pidfd_open(os.getpid())
+    assert is_pidfd(mine)
+    os.close(mine)
+    assert not is_pidfd(mine)
+    assert not is_pidfd(pipe_ends[0])
+
+
+@pytest.fixture
+def pipe_ends() -> Iterator[list[int]]:
+    ends = list(os.pipe())
+    yield ends
+    for fd in ends:
+        os.close(fd)
