@@ -92,8 +92,10 @@ class Connection:
             raise
         if not isinstance(welcome, protocol.Welcome):
             sock.close()
-            text = welcome.message if isinstance(welcome, protocol.Failed) else f"{welcome}"
-            raise OSError(errno.EPROTONOSUPPORT, f"the daemon at {path} does not welcome this client: {text}")
+            number, text = errno.EPROTONOSUPPORT, f"{welcome}"
+            if isinstance(welcome, protocol.Failed):
+                number, text = welcome.errno, welcome.message
+            raise OSError(number, f"the daemon at {path} does not welcome this client: {text}")
         self.fork_events = welcome.fork_events
         return sock
 

@@ -27,6 +27,7 @@ from mshared.notify import keep_watchdog, notify
 from mshared.pager import Pager
 from mshared.reload import LogFile, reload_on_hangup
 from mshared.service import Service
+from mshared.sizes import keep_sizes
 from mshared.stop_signals import StopSignals
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, WINDOW_END, WINDOW_START
@@ -142,6 +143,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(service.lifetimes.filling.run)
         nursery.start_soon(service.lifetimes.settling.run)
         nursery.start_soon(keep_watchdog)
+        nursery.start_soon(keep_sizes, service.lifetimes)
         nursery.start_soon(service.snapshots.prepare)
         await _until_served(config.mount)
         status = f"serving {config.mount}"

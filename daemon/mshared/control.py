@@ -23,7 +23,8 @@ from mshared import donations
 from mshared.answers import Answer, Caller, Pending
 from mshared.live import LiveRegion
 from mshared.service import Service
-from mshared.tickets import Closer, read_ticket
+from mshared.shares import Shares
+from mshared.tickets import MOST_WAITING, Closer, read_ticket
 from msharefs import protocol
 from msharefs.errors import BadDescriptorError, MshareError, NotFoundError, ProtocolError
 from msharefs.perms import Credentials
@@ -48,6 +49,7 @@ class ControlServer:
         self._service = service
         self._mount = mount
         self._device = device
+        self._shares = Shares(service.lifetimes)
 
     async def serve(self, listener: trio.socket.SocketType) -> None:
         """Accept for ever."""
@@ -71,17 +73,29 @@ class ControlServer:
             except OSError as error:
                 log.warning("a connection has no credentials: %s", error)
                 return
-            async with trio.open_nursery() as nursery:
-                connection = _Connection(self._service, self._mount, self._device, sock, caller, Closer(nursery))
-                try:
-                    await connection.run()
-                except (OSError, _HungUp):
-                    pass  # The client is gone, in the middle of a word perhaps.
-                except Exception:
-                    log.exception("pid %d: connection failed", caller.pid)
-                finally:
-                    sock.close()
-                    connection.close()
+            uid = caller.who.uid
+            self._shares.connections[uid] += 1
+            try:
+                if not self._shares.are_too_many(uid):
+                    await self._converse(sock, caller)
+            finally:
+                self._shares.connections[uid] -= 1
+
+    async def _converse(self, sock: trio.socket.SocketType, caller: Caller) -> None:
+        """The same; what came with the connection is closed in the end."""
+        async with trio.open_nursery() as nursery:
+            closer = Closer(nursery)
+            connection = _Connection(self._service, self._mount, self._device, sock, caller, closer, self._shares)
+            try:
+                await connection.run()
+            except (OSError, _HungUp):
+                pass  # The client is gone, in the middle of a word perhaps.
+            except Exception:
+                log.exception("pid %d: connection failed", caller.pid)
+            finally:
+                sock.close()
+                connection.close()
+        await closer.until_at_most(0)
 
 
 class _HungUp(Exception):
@@ -99,12 +113,14 @@ class _Connection:
         sock: trio.socket.SocketType,
         caller: Caller,
         closer: Closer,
+        shares: Shares,
     ) -> None:
         self._service = service
         self._mount = mount
         self._device = device
         self._sock = sock
         self._closer = closer
+        self._shares = shares
         self._offers: dict[int, Pending] = {}
         self._next_offer = 1
         self._greeted = False
@@ -160,12 +176,14 @@ class _Connection:
         if not isinstance(message, protocol.Hello):
             raise ProtocolError("the first message must be hello")
         _expect(fds, 0)
+        self._shares.check(self.caller.who.uid, None, 0)
         self._greeted = True
         return Answer(protocol.Welcome("mshared", str(self._mount), self._service.lifetimes.fork_events))
 
     async def _answer(self, message: protocol.Message, fds: list[int]) -> Answer:
         """Answer any other message; descriptors that are used up are taken out of ``fds``."""
         service, caller = self._service, self.caller
+        self._shares.check(caller.who.uid, message, len(fds))
         match message:
             case protocol.Create():
                 return await self._created(message, fds)
@@ -296,6 +314,7 @@ class _Connection:
 
     async def _receive(self) -> tuple[bytes, list[int]]:
         """The next packet with its descriptors. Raises _HungUp at the end of the connection."""
+        await self._closer.until_at_most(MOST_WAITING)
         packet, ancillary, flags, _ = await self._sock.recvmsg(
             protocol.MAX_PACKET + 1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
         )

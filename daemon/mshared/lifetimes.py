@@ -376,7 +376,7 @@ class Lifetimes:
         )
         region.model.ready = was_ready
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid, set(parent.poisoned))
-        child.staged = list(parent.staged)
+        child.staged, child.uid = list(parent.staged), parent.uid
         self._add(child)
         self.forks.add(child)
         with contextlib.suppress(OSError):

@@ -42,7 +42,7 @@ class LiveAttachment:
     ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
     the userfaultfd ``sigbus`` has for the moment, to the same end, and until when on the monotonic clock. ``refusals``
     counts touches that were not allowed.
-    ``distance`` is how far above the region's own addresses the window stands.
+    ``distance`` is how far above the region's own addresses the window stands. ``uid`` is who attached.
     """
 
     model: Attachment
@@ -55,6 +55,7 @@ class LiveAttachment:
     refused: dict[Address, float] = attrs.Factory(dict)
     refusals: int = 0
     staged: list[Staged] = attrs.Factory(list)
+    uid: int = 0
     distance: int = attrs.field(init=False)
 
     @distance.default

@@ -142,6 +142,7 @@ class Service:
             sigbus=fds[1] if len(fds) > 1 else None,
             staged=donations.stage(region.model, pending.donated, request.staged),
         )
+        live.uid = caller.who.uid
         fds.clear()
         try:
             for effects in donations.settling(region.model, pending.donated):
@@ -184,6 +185,7 @@ class Service:
             raise BadDescriptorError("without fork events a child must send a userfaultfd of its own")
         else:
             live = self.lifetimes.adopt_without_events(request.attachment, caller.pid, uffd)
+            live.uid = caller.who.uid
         return Answer(protocol.Attached(live.model.id))
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:

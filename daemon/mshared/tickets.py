@@ -27,6 +27,9 @@ _STATX_INO_AT: Final = 32
 _STATX_DEV_AT: Final = 136
 CLOSE_PATIENCE: Final = 5.0
 """Seconds to wait for descriptors to be closed before the thread that does it is left alone."""
+_LOOK_AGAIN: Final = 0.05
+MOST_WAITING: Final = 16
+"""Descriptors of one connection that may wait to be closed before it is heard again."""
 
 
 @attrs.frozen
@@ -71,6 +74,11 @@ class Closer:
         self._limiter = trio.CapacityLimiter(1)
         self._waiting: deque[int] = deque()
 
+    async def until_at_most(self, count: int) -> None:
+        """Wait while more descriptors than that are to be closed still."""
+        while len(self._waiting) > count:  # noqa: ASYNC110 - it is a thread that closes, which may have been left alone
+            await trio.sleep(_LOOK_AGAIN)
+
     def close(self, fds: list[int]) -> None:
         """Have them closed soon."""
         if fds:
@@ -84,4 +92,5 @@ class Closer:
     def _close_waiting(self) -> None:
         while self._waiting:
             with contextlib.suppress(OSError):
-                os.close(self._waiting.popleft())
+                os.close(self._waiting[0])
+            self._waiting.popleft()

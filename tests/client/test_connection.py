@@ -65,11 +65,11 @@ class TestGreeting:
         link.call(ASK, protocol.Listing)
         assert link.fork_events is fork_events
 
-    def test_no_welcome_is_an_error_in_the_daemons_words(self, link: Connection, daemon: Any) -> None:
+    def test_no_welcome_is_the_daemons_error_in_its_words(self, link: Connection, daemon: Any) -> None:
         daemon.welcome = protocol.Failed(errno.EPROTO, "speak up")
         with pytest.raises(OSError, match="does not welcome this client: speak up") as caught:
             link.call(ASK, protocol.Listing)
-        assert caught.value.errno == errno.EPROTONOSUPPORT
+        assert caught.value.errno == errno.EPROTO
         assert protocol.GetList not in daemon.kinds()
 
     def test_a_strange_welcome_is_an_error_too(self, link: Connection, daemon: Any) -> None:

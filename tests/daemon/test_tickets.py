@@ -220,3 +220,29 @@ class TestCloser:
         assert closing.done == set()
         closing.let_go.set()
         closing.wait_until(lambda: closing.done == {hanging, *behind})
+
+    def test_whoever_sends_more_can_wait_until_there_are_fewer(self, closing: Closing) -> None:
+        """The one that is being closed counts as long as it is not."""
+        hanging, *behind = (new_fd() for _ in range(4))
+        closing.hanging = {hanging}
+        waited: list[int] = []
+
+        async def wait(closer: Closer, count: int) -> None:
+            await closer.until_at_most(count)
+            waited.append(count)
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                closer = Closer(nursery)
+                await closer.until_at_most(0)
+                closer.close([hanging, *behind])
+                await closing.until(lambda: hanging in closing.begun)
+                for count in (4, 3, 0):
+                    nursery.start_soon(wait, closer, count)
+                await trio.testing.wait_all_tasks_blocked()
+                assert waited == [4]
+                closing.let_go.set()
+
+        trio.run(main)
+        assert sorted(waited) == [0, 3, 4]
+        assert closing.done == {hanging, *behind}
