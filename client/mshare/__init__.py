@@ -11,6 +11,7 @@ Any other process that may open the name has the same memory at the same address
 from __future__ import annotations
 
 from mshare.api import mshare, mshare_unlink, remove
+from mshare.arena import Arena
 from mshare.odfork import odfork, set_odfork_default
 from mshare.region import Region
 from mshare.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
@@ -20,6 +21,7 @@ from msharefs.protocol import RegionStat, Vma
 __all__ = [
     "MAP_REFPAGE",
     "MAP_SHARED_PT",
+    "Arena",
     "Region",
     "RegionStat",
     "ShareableList",

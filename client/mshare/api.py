@@ -25,7 +25,7 @@ from msharefs.addr import PAGE_SIZE, round_up
 class Terms:
     """What a region is made with, beside its name and place; see ``mshare``.
 
-    ``used`` as in ``protocol.Create``. ``keeper`` is a pidfd of the process that keeps it, if it shall end by itself.
+    ``used`` as in ``protocol.Create``. ``sponsor`` is a pidfd of the process that keeps it, if it shall end by itself.
     With ``reserve`` there is memory for what is used of it, or it is not made.
     """
 
@@ -33,7 +33,7 @@ class Terms:
     backing: str | None = None
     empty: bool = False
     used: int | None = None
-    keeper: int | None = None
+    sponsor: int | None = None
     reserve: bool = False
 
 
@@ -130,10 +130,10 @@ def _create(link: Connection, name: str, addr: int | None, length: int, oflags: 
             backing=terms.backing,
             donated=donation.ranges,
             used=terms.used,
-            kept=terms.keeper is not None,
+            kept=terms.sponsor is not None,
         )
-        keeper = () if terms.keeper is None else (terms.keeper,)
-        reply, fds = link.exchange(request, donation.descriptors + keeper)
+        sponsor = () if terms.sponsor is None else (terms.sponsor,)
+        reply, fds = link.exchange(request, donation.descriptors + sponsor)
         if isinstance(reply, protocol.Exists):
             return None
         try:

@@ -77,9 +77,9 @@ class SharedMemory(shared_memory.SharedMemory):
             self._name = f"/{name}"
             region = _attach(self._region_name, self._flags & os.O_ACCMODE, place)
         else:
-            with _keeper(track) as keeper:
+            with _sponsor(track) as sponsor:
                 backing = backing or ("4k" if size < PMD_SIZE else None)
-                terms = Terms(self._mode, backing, used=size, keeper=keeper, reserve=reserve)
+                terms = Terms(self._mode, backing, used=size, sponsor=sponsor, reserve=reserve)
                 region = self._create(name, terms, place)
         self._size = region.used
         self._buf = _look(region)
@@ -168,7 +168,7 @@ def _new_name() -> str:
 
 
 @contextlib.contextmanager
-def _keeper(track: bool) -> Iterator[int | None]:  # noqa: FBT001 - the standard library's word
+def _sponsor(track: bool) -> Iterator[int | None]:  # noqa: FBT001 - the standard library's word
     """A pidfd of the process with which a new block may end. A worker's block is often for who has started it."""
     if not track:
         yield None

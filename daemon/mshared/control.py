@@ -260,12 +260,12 @@ class _Connection:
         donated = len({part.file.descriptor for part in message.donated if part.file})
         _expect(fds, donated + message.kept)
         files = await donations.open_files(fds[:donated])
-        keeper, fds[donated:] = fds[donated:], []
+        sponsor, fds[donated:] = fds[donated:], []
         try:
-            answer, pending = self._service.create(self.caller, message, files, keeper)
+            answer, pending = self._service.create(self.caller, message, files, sponsor)
         finally:
             donations.close_files(files)
-            fds += keeper
+            fds += sponsor
         return answer if pending is None else self._offered(answer, pending)
 
     async def _forking(self, message: protocol.Forking) -> Answer:

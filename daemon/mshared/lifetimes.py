@@ -23,9 +23,9 @@ from mshared.backing import Backing
 from mshared.family import Family
 from mshared.filling import Filling, Waiting
 from mshared.forks import Forks
-from mshared.keepers import Keepers
 from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
+from mshared.sponsors import Sponsors
 from mshared.uffd import Outcome, Uffd, is_userfaultfd
 from mshared.writeback import Settling
 from msharefs import uffd_abi as abi
@@ -66,7 +66,7 @@ class Lifetimes:
         self.filling = Filling(self._again)
         self.settling = Settling(self.read_events)
         self.journal = observed.Journal()
-        self.keepers = Keepers(pager, self._on_keeper_gone)
+        self.sponsors = Sponsors(pager, self._on_sponsor_gone)
 
     @property
     def fork_events(self) -> bool:
@@ -110,7 +110,7 @@ class Lifetimes:
     def forget(self, region: LiveRegion) -> None:
         """Close the files of a region that the namespace has let go."""
         del self._regions[region.model.id]
-        self.keepers.discard(region)
+        self.sponsors.discard(region)
         region.settled.set()
         region.ended = True
         self.settling.request(region)
@@ -244,7 +244,7 @@ class Lifetimes:
             self.drop(live)
         self._unwatch_process(pid)
 
-    def _on_keeper_gone(self, region: LiveRegion) -> None:
+    def _on_sponsor_gone(self, region: LiveRegion) -> None:
         if self.namespace.release(region.model):
             self.forget(region)
 

@@ -66,12 +66,12 @@ class Service:
         self.views = Views(namespace, lifetimes, notes)
 
     def create(
-        self, caller: Caller, request: protocol.Create, files: list[Opened], keeper: list[int] | None = None
+        self, caller: Caller, request: protocol.Create, files: list[Opened], sponsor: list[int] | None = None
     ) -> tuple[Answer, Pending | None]:
         """Make a region and offer it to its creator, or say that it exists.
 
         The files of what is donated are taken out of ``files`` when they are the region's, and so is the pidfd in
-        ``keeper`` of the process that keeps it.
+        ``sponsor`` of the process that keeps it.
         """
         if request.readonly and request.donated:
             raise InvalidArgumentError("memory cannot be donated through a read-only window; use O_RDWR")
@@ -100,7 +100,7 @@ class Service:
             donations.map_donated(live, request.donated, files)
             live.reserve(model.ar)
             if request.kept:
-                self.lifetimes.keepers.keep(live, keeper or [])
+                self.lifetimes.sponsors.keep(live, sponsor or [])
         except BaseException:
             self.namespace.abandon(model)
             self.lifetimes.forget(live)

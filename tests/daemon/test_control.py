@@ -54,12 +54,12 @@ class FakeService:
             raise self.error
 
     def create(
-        self, caller: Caller, request: protocol.Create, files: list[Opened], keeper: list[int]
+        self, caller: Caller, request: protocol.Create, files: list[Opened], sponsor: list[int]
     ) -> tuple[Answer, Pending | None]:
-        self._note(caller, (request, [file.fd for file in files], list(keeper)))
+        self._note(caller, (request, [file.fd for file in files], list(sponsor)))
         if self.takes_files:
             files.clear()
-            keeper.clear()
+            sponsor.clear()
         return Answer(protocol.Offer(0, 16, 0, 0, readonly=False, device=False), self.answer.fds), self.pending
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
@@ -419,8 +419,8 @@ class TestDonatedFiles:
             async with Peer(path) as peer:
                 await peer.say(HELLO)
                 assert isinstance(await peer.say(self.REQUEST, fds), protocol.Offer)
-                request, taken, keeper = service.asked[-1]  # type: ignore[misc]
-                assert (request, keeper) == (self.REQUEST, [])
+                request, taken, sponsor = service.asked[-1]  # type: ignore[misc]
+                assert (request, sponsor) == (self.REQUEST, [])
                 assert [os.fstat(fd).st_ino for fd in taken] == [os.fstat(fd).st_ino for fd in fds]
                 for fd in taken:
                     os.close(fd)
@@ -431,7 +431,7 @@ class TestDonatedFiles:
 
     @pytest.mark.parametrize("files", [0, 2])
     @pytest.mark.parametrize("takes", [False, True])
-    def test_a_keeper_comes_last_and_is_taken_or_closed(
+    def test_a_sponsor_comes_last_and_is_taken_or_closed(
         self, run: Any, service: FakeService, files: int, *, takes: bool
     ) -> None:
         """``run`` counts descriptors."""
@@ -444,12 +444,12 @@ class TestDonatedFiles:
                 await peer.say(HELLO)
                 assert failure(await peer.say(request, fds[:-1])) == errno.EBADF
                 assert isinstance(await peer.say(request, fds), protocol.Offer)
-                _, taken, (keeper,) = service.asked[-1]  # type: ignore[misc]
+                _, taken, (sponsor,) = service.asked[-1]  # type: ignore[misc]
                 assert len(taken) == files
                 if takes:
-                    os.eventfd_write(keeper, 5)
+                    os.eventfd_write(sponsor, 5)
                     assert os.eventfd_read(fds[-1]) == 5
-                    for fd in (*taken, keeper):
+                    for fd in (*taken, sponsor):
                         os.close(fd)
 
         run(work)

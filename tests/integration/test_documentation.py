@@ -77,6 +77,15 @@ def test_arrays_are_shared(daemon: Daemon) -> None:
     assert leftovers(daemon.mount) == []
 
 
+def test_pointers_are_followed_by_all(daemon: Daemon) -> None:
+    """The table that three processes fill together has what one would have counted."""
+    told = run(daemon.mount, sys.executable, str(ROOT / "examples/pointers.py")).splitlines()
+    assert told[0].startswith("12 nodes by ")
+    assert told[1] == "as often as it is there: True"
+    assert int(told[2].removeprefix("links from one process's node to another's: ")) > 0
+    assert leftovers(daemon.mount) == []
+
+
 def test_commands_named_in_the_readme_exist() -> None:
     """Every scripts/... that README.md names can be executed, and every option of ours that it shows is known."""
     text = (ROOT / "README.md").read_text()

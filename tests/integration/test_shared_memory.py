@@ -357,7 +357,7 @@ def test_a_block_of_the_pool_of_huge_pages(client: Callable[..., Client], hugetl
     user.do("s.unlink()")
 
 
-def test_a_keeper_must_be_a_process(daemon: Daemon, user: Client) -> None:
+def test_a_sponsor_must_be_a_process(daemon: Daemon, user: Client) -> None:
     user.do("link = connect(find_mount()); odd = protocol.Create('odd', None, 2 * MIB, 0, True, False, kept=True)")
     user.do("null = os.open('/dev/null', os.O_RDWR)")
     for fds in ("()", "(null,)", "(null, null)"):

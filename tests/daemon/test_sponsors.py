@@ -1,4 +1,4 @@
-"""Keepers: processes whose end is noticed, by real pidfds."""
+"""Sponsors: processes whose end is noticed, by real pidfds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mshared.keepers import Keepers, is_pidfd
 from mshared.pager import Pager
+from mshared.sponsors import Sponsors, is_pidfd
 from msharefs.errors import BadDescriptorError
 
 Other = Callable[..., tuple[int, Any]]
@@ -29,12 +29,12 @@ def gone_regions() -> list[object]:
 
 
 @pytest.fixture
-def keepers(pager: Pager, gone_regions: list[object]) -> Keepers:
-    return Keepers(pager, gone_regions.append)
+def sponsors(pager: Pager, gone_regions: list[object]) -> Sponsors:
+    return Sponsors(pager, gone_regions.append)
 
 
 def test_the_end_of_a_process_is_told_once(
-    keepers: Keepers,
+    sponsors: Sponsors,
     pager: Pager,
     gone_regions: list[object],
     other_process: Other,
@@ -45,7 +45,7 @@ def test_the_end_of_a_process_is_told_once(
     before = open_descriptors()
     mine = [os.pidfd_open(pid)]
     watched = os.dup(mine[0])
-    keepers.keep(region, mine)
+    sponsors.keep(region, mine)
     assert mine == []
     pager.drain()
     assert gone_regions == []
@@ -59,7 +59,7 @@ def test_the_end_of_a_process_is_told_once(
 
 
 def test_of_a_region_that_ended_before_nothing_is_told(
-    keepers: Keepers,
+    sponsors: Sponsors,
     pager: Pager,
     gone_regions: list[object],
     other_process: Other,
@@ -68,9 +68,9 @@ def test_of_a_region_that_ended_before_nothing_is_told(
     pid, sock = other_process(lambda sock: sock.recv(1))
     region: Any = object()
     before = open_descriptors()
-    keepers.keep(region, [os.pidfd_open(pid)])
-    keepers.discard(region)
-    keepers.discard(region)
+    sponsors.keep(region, [os.pidfd_open(pid)])
+    sponsors.discard(region)
+    sponsors.discard(region)
     assert open_descriptors() == before
     sock.send(b".")
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -79,11 +79,11 @@ def test_of_a_region_that_ended_before_nothing_is_told(
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_other_descriptors_are_refused_and_left(keepers: Keepers, pipe_ends: list[int], count: int) -> None:
+def test_other_descriptors_are_refused_and_left(sponsors: Sponsors, pipe_ends: list[int], count: int) -> None:
     region: Any = object()
     given = pipe_ends[:count]
     with pytest.raises(BadDescriptorError, match="pidfd"):
-        keepers.keep(region, given)
+        sponsors.keep(region, given)
     assert given == pipe_ends[:count]
 
 

@@ -1,4 +1,4 @@
-"""Processes that keep regions: one that is kept ends by itself, once that process has and nobody is attached."""
+"""Sponsors: processes that keep regions, which end by themselves once their sponsor has and nobody is attached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mshared.pager import Pager
 from msharefs.errors import BadDescriptorError
 
 
-class Keepers:
+class Sponsors:
     """Watches them by pidfd, which says whose end is meant in whatever pid namespace, and never another's."""
 
     def __init__(self, pager: Pager, gone: Callable[[LiveRegion], None]) -> None:
