@@ -21,6 +21,7 @@ from mshared.tickets import Ticket, read_ticket
 from mshared.views import Views
 from mshared.writeback import write_out
 from msharefs import protocol
+from msharefs.addr import AddrRange, round_up
 from msharefs.effects import Change
 from msharefs.errors import (
     AccessDeniedError,
@@ -98,7 +99,7 @@ class Service:
         live = self.lifetimes.add_region(model, backing)
         try:
             donations.map_donated(live, request.donated, files)
-            live.reserve(model.ar)
+            live.reserve(AddrRange.sized(model.ar.start, round_up(request.used or request.size, model.mm.page)))
             if request.kept:
                 self.lifetimes.sponsors.keep(live, sponsor or [])
         except BaseException:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Client, Daemon
+from hugepages import Pool, pool
 
 MIB, GIB = 1 << 20, 1 << 30
 PROGRAM = Path(__file__).parent.parent / "cpython_shared_memory.py"
@@ -348,13 +349,14 @@ class TestPlaces:
         user.do("t.unlink()")
 
 
-def test_a_block_of_the_pool_of_huge_pages(client: Callable[..., Client], hugetlb: Daemon) -> None:
-    """With the backing hugetlb its memory is promised by the daemon."""
+def test_a_block_of_the_pool_of_huge_pages(client: Callable[..., Client], hugetlb: Daemon, before: Pool) -> None:
+    """With the backing hugetlb the daemon has as many pages promised as are used, not all of 1 GiB."""
     user = client(hugetlb)
     user.do("s = mshare.SharedMemory(create=True, size=5 * MIB, backing='hugetlb'); s.buf[-1] = 1")
+    assert pool() == before.with_region(mapped=3, touched=1)
     assert user.ask("s.size") == 5 * MIB
     assert user.error_of("mshare.SharedMemory(create=True, size=100 * GIB, backing='hugetlb')").errno == errno.ENOMEM
-    user.do("s.unlink()")
+    user.do("s.unlink(); s.close()")
 
 
 def test_a_sponsor_must_be_a_process(daemon: Daemon, user: Client) -> None:
