@@ -106,7 +106,7 @@ class Refusal:
     number: int
     time_ns: int
     region: str
-    pid: int | None
+    pid: int
     tid: int
     address: int
     offset: int | None

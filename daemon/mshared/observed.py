@@ -40,7 +40,7 @@ class Journal:
         self._kept: dict[int, deque[tuple[Region, Refusal]]] = {}
         self._count = 0
 
-    def refused(self, live: LiveAttachment, addr: int, tid: int, sent: str, access: Access | None) -> None:
+    def refused(self, live: LiveAttachment, addr: int, pid: int, tid: int, sent: str, access: Access | None) -> None:
         """Remember what was sent to a thread for a touch of ``addr`` (its own address), and why."""
         region = live.region.model
         inside = addr in live.model.window
@@ -51,7 +51,7 @@ class Journal:
             number=self._count,
             time_ns=time.time_ns(),
             region=region.name or "",
-            pid=live.model.pid,
+            pid=pid,
             tid=tid,
             address=addr,
             offset=host - region.ar.start if inside else None,

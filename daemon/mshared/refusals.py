@@ -75,11 +75,11 @@ def refuse(
     level = logging.INFO if attachment.refusals <= _MOST_LOGGED else logging.DEBUG
     if not must_fail and page.start not in attachment.poisoned:
         log.log(level, "%s: %s to thread %d at %#x", attachment, signal.name, tid, addr)
-        attachment.region.journal.refused(attachment, addr, tid, signal.name, access)
+        attachment.region.journal.refused(attachment, addr, pid, tid, signal.name, access)
         return _send(pid, tid, signal, addr)
     log.log(level, "%s: EFAULT for thread %d at %#x", attachment, tid, addr)
     sent = "SIGKILL" if protected and attachment.sigbus is None else "EFAULT"
-    attachment.region.journal.refused(attachment, addr, tid, sent, access)
+    attachment.region.journal.refused(attachment, addr, pid, tid, sent, access)
     return _refuse_store(attachment, pid, page) if protected else _poison(attachment, page)
 
 

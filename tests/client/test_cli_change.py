@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,24 @@ def test_others_may_not(cli: Mshare, name: str, command: str, said: str) -> None
     cli("create", name, "--size", "2M")
     assert said in cli(command, name, uid=NOBODY).error
     assert cli("stat", name).status == 0
+
+
+def test_create_can_have_all_memory_at_once(cli: Mshare, name: str) -> None:
+    cli("create", name, "--size", "8M", "--backing", "4k", "--populate")
+    assert cli("stat", name, "--json").json["resident"] == 8 << 20
+    assert cli("create", name + "-none", "--size", "2M", "--populate", "--empty").status == 2
+
+
+def test_a_region_whose_memory_cannot_be_had_is_not_made(
+    start_daemon: Callable[..., Any], mshare: Mshare, name: str
+) -> None:
+    """Its tmpfs holds less than the region would."""
+    small = start_daemon("--backing", "thp")
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    place = next(line.split()[4] for line in lines if str(small.state) in line)
+    subprocess.run(["mount", "-o", "remount,size=16M", place], check=True)
+    assert (
+        "too little memory to populate it"
+        in mshare("create", name, "--size", "256M", "--populate", mount=small.mount).error
+    )
+    assert name not in os.listdir(small.mount)

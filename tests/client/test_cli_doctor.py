@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from mshare.cli import cli as group
-from mshare.cli import doctor, machine
-from mshare.cli.doctor import Finding, Level
+from mshare.cli import doctor, fix, machine
+from mshare.cli.findings import Finding, Level
 from mshare.cli.machine import DaemonState, Machine, Userfaultfd
 from mshare.discovery import HOW_TO_START
 from msharefs.uffd_abi import Feature
@@ -221,3 +222,75 @@ def test_capabilities_are_read_as_bits(tmp_path: Path) -> None:
 def test_libraries_are_looked_for_where_the_loader_looks() -> None:
     assert machine.read_libfuse(("libc.so.6",))
     assert not machine.read_libfuse(("libnothing-of-the-kind.so.9",))
+
+
+class TestFix:
+    """What root would run for each lack, and what it runs when asked."""
+
+    @pytest.fixture(autouse=True)
+    def _with_apt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fix.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    @pytest.mark.parametrize(
+        ("lack", "first"),
+        [
+            ({"fuse": "No such file or directory"}, "modprobe fuse"),
+            ({"fusermount": "not installed"}, "apt-get install"),
+            ({"missing_modules": ("pyfuse3",)}, "apt-get install"),
+            ({"libfuse": False}, "apt-get install"),
+            ({"max_map_count": 1000}, "sysctl -w vm.max_map_count=65530"),
+            ({"userfaultfd": Userfaultfd("No such file or directory", ALL_FEATURES, 0)}, "mknod"),
+            ({"daemon": DaemonState(Path("/m"), trouble="the daemon of /m is dead")}, sys.executable),
+        ],
+    )
+    def test_a_lack_has_commands_that_cure_it(self, lack: dict[str, Any], first: str) -> None:
+        facts = attrs.evolve(ROOT, **lack)
+        (bad,) = [finding for finding in doctor.examine(facts) if finding.level is not Level.OK]
+        assert " ".join(fix.commands_for(bad, facts)[0]).startswith(first)
+
+    @pytest.mark.parametrize(
+        "lack",
+        [{"kernel": "5.10"}, {"hugetlb_pages": (0, 0)}, {"daemon": DaemonState(Path("/m"), hangs=True)}],
+    )
+    def test_what_takes_a_decision_or_another_machine_is_left_to_people(self, lack: dict[str, Any]) -> None:
+        facts = attrs.evolve(ROOT, **lack)
+        (bad,) = [finding for finding in doctor.examine(facts) if finding.level is not Level.OK]
+        assert fix.commands_for(bad, facts) == []
+
+    @pytest.fixture
+    def lacking(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+        """A machine without fuse; the commands that were run, after which it has it."""
+        ran: list[tuple[str, ...]] = []
+        monkeypatch.setattr(fix.os, "geteuid", lambda: 0)
+        monkeypatch.setattr(fix, "run", lambda commands: ran.extend(commands) or True)
+        lack = attrs.evolve(ROOT, fuse="No such file or directory")
+        monkeypatch.setattr(doctor, "read_machine", lambda _mount: ROOT if ran else lack)
+        return ran
+
+    def test_root_is_asked(self, lacking: list[tuple[str, ...]]) -> None:
+        refused = CliRunner().invoke(group, ["doctor", "--fix"], input="n\n")
+        assert (refused.exit_code, lacking) == (1, [])
+        agreed = CliRunner().invoke(group, ["doctor", "--fix"], input="y\n")
+        assert (agreed.exit_code, lacking) == (0, [("modprobe", "fuse")])
+
+    def test_root_may_say_yes_to_all(self, lacking: list[tuple[str, ...]]) -> None:
+        assert CliRunner().invoke(group, ["doctor", "--fix", "--yes"]).exit_code == 0
+        assert lacking == [("modprobe", "fuse")]
+
+    def test_others_are_told_what_to_run(self, lacking: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fix.os, "geteuid", lambda: 1000)
+        told = CliRunner().invoke(group, ["doctor", "--fix"])
+        assert "modprobe fuse\n  run that as root" in told.stdout
+        assert lacking == []
+
+    def test_yes_alone_is_wrong_usage(self) -> None:
+        assert CliRunner().invoke(group, ["doctor", "--yes"]).exit_code == 2
+
+    def test_commands_run_until_one_fails(self, capfd: pytest.CaptureFixture[str]) -> None:
+        assert fix.run([("echo", "one"), ("echo", "two")])
+        assert not fix.run([("false",), ("echo", "three")])
+        assert not fix.run([("no-such-command-at-all",), ("echo", "four")])
+        out, err = capfd.readouterr()
+        assert out.split() == ["one", "two"]
+        assert "false ended with 1" in err
+        assert "no-such-command-at-all: No such file" in err

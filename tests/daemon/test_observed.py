@@ -32,7 +32,7 @@ def world() -> Iterator[World]:
 def refuse(world: World, offset: int = 0, *, access: Access | None = Access.WRITE, sent: str = "SIGBUS") -> Refusal:
     """Have a journal note it; what it tells."""
     live = world.region.attachments[0] if world.region.attachments else world.attach(ELSEWHERE)
-    world.region.journal.refused(live, live.model.window.start + offset, TID, sent, access)
+    world.region.journal.refused(live, live.model.window.start + offset, PID, TID, sent, access)
     return world.region.journal.seen_by(ROOT, 0)[-1]
 
 

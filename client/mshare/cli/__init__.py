@@ -1,8 +1,10 @@
 """The command ``mshare``.
 
-One file an aspect: ``show`` looks at regions, ``change`` makes, forks and ends them, ``daemon`` starts and stops
-mshared, ``units`` has systemd do so, ``doctor`` judges the machine by the facts of ``machine``; ``place`` and
-``render`` are what they have in common.
+One file an aspect: ``show`` looks at regions, ``top`` at what happens in them (``samples``), ``heat`` draws one,
+``faults`` and ``explain`` tell what was refused and why, ``change`` makes, forks and ends regions, ``daemon`` starts
+and stops mshared, ``units`` has systemd do so, ``doctor`` judges the machine by the facts of ``machine``, ``fix`` cures
+it; ``complete`` and ``man`` are for shells and man(1); ``place``, ``render`` and ``progress`` are what all have in
+common.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from mshare.cli import change, complete, daemon, doctor, heat, place, show, top, units
+from mshare.cli import change, complete, daemon, doctor, explain, faults, heat, man, place, show, top, units
 from mshare.discovery import ENVIRONMENT
 
 __all__ = ["cli", "main"]
@@ -44,6 +46,9 @@ for command in (
     show.maps,
     heat.heat,
     top.top,
+    faults.faults,
+    faults.trace,
+    explain.explain,
     change.create,
     change.fork,
     change.unlink,
@@ -53,6 +58,7 @@ for command in (
     daemon.down,
     units.install_units,
     complete.completion,
+    man.man,
 ):
     cli.add_command(command)
 

@@ -6,18 +6,22 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Final
 
 import click
 
 import mshare
 from mshare import syscalls
-from mshare.cli import render
+from mshare.cli import progress, render
 from mshare.cli.complete import region_argument
 from mshare.cli.place import about_region, served_mount
 from msharefs.addr import WINDOW_END, WINDOW_START
 from msharefs.errors import InvalidArgumentError
+from msharefs.perms import Advice
 from msharefs.region import BackingKind
 from msharefs.units import parse_size
+
+_POPULATED_AT_ONCE: Final = 64 << 20
 
 
 def parse_size_option(text: str) -> int:
@@ -71,6 +75,7 @@ def parse_mode_option(text: str) -> int:
     help="Its permissions, less umask.",
 )
 @click.option("--empty", is_flag=True, help="Map nothing in it: it starts as one hole.")
+@click.option("--populate", is_flag=True, help="Have all its memory now, or fail; not when it is touched.")
 @click.option("--excl/--no-excl", default=True, show_default=True, help="Fail if it exists, or take it as it is.")
 @click.pass_obj
 def create(
@@ -82,6 +87,7 @@ def create(
     backing: str | None,
     mode: int,
     empty: bool,
+    populate: bool,
     excl: bool,
 ) -> None:
     """Create region NAME, attached to nobody, and print its name, address and size.
@@ -91,6 +97,8 @@ def create(
     place = served_mount(mount)
     if addr is not None:
         _refuse_own_memory(addr, size)
+    if populate and empty:
+        raise click.UsageError("--populate and --empty: a hole has no memory")
     flags = os.O_CREAT | os.O_RDWR | (os.O_EXCL if excl else 0)
     try:
         region = mshare.mshare(name, addr, size, flags, mode, backing=backing, empty=empty, mount=place)
@@ -98,6 +106,8 @@ def create(
         text = f"region {render.printable(name)!r} exists; `mshare rm` takes it away, --no-excl takes it as it is"
         raise click.ClickException(text) from error
     with region:
+        if populate:
+            _populate(region, place if excl else None)
         made = region.stat()  # Not the window: an existing region may be seen elsewhere than where it lies.
     click.echo(f"{render.printable(made.name)}  {made.address:#x}  {render.size_in_both(made.size)}")
 
@@ -167,6 +177,23 @@ def rm(mount: Path | None, name: str) -> None:
     place = served_mount(mount)
     with about_region(name):
         mshare.remove(name, mount=place)
+
+
+def _populate(region: mshare.Region, made_in: Path | None) -> None:
+    """Touch everything, as madvise(2) does; a region that was made for it is taken away when memory is short."""
+    try:
+        with progress.steps("populating", region.size) as done:
+            for offset in range(0, region.size, _POPULATED_AT_ONCE):
+                length = min(_POPULATED_AT_ONCE, region.size - offset)
+                region.madvise(offset, length, Advice.POPULATE_WRITE)
+                done(length)
+    except BaseException as error:
+        if made_in is not None:
+            mshare.remove(region.name, mount=made_in)
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EFAULT):  # EFAULT: in a SIGBUS's place.
+            text = "too little memory to populate it; free some, or make it without --populate"
+            raise OSError(errno.ENOMEM, text) from error
+        raise
 
 
 def _refuse_own_memory(addr: int, size: int) -> None:

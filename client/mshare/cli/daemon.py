@@ -20,6 +20,7 @@ from typing import IO, Final
 import attrs
 import click
 
+from mshare.cli import progress
 from mshare.cli.place import within
 from mshare.discovery import Info, find_mount, read_info
 from msharefs.mountinfo import msharefs_mounts
@@ -57,7 +58,8 @@ def up(mount: Path | None, log: Path | None, timeout: float, options: tuple[str,
             start_new_session=True,
         )
         try:
-            status = readiness.wait(process, timeout)
+            with progress.waiting("starting mshared", huge_pages if "--hugetlb-pool" in " ".join(options) else str):
+                status = readiness.wait(process, timeout)
         except BaseException:
             _end(process)
             raise
@@ -84,13 +86,23 @@ def down(mount: Path | None, timeout: float) -> None:
             ) from error
         except ProcessLookupError:
             pass  # It ended on its own in this moment.
-        if not _wait_readable(timeout, daemon.pidfd):
+        with progress.waiting(f"mshared (pid {daemon.pid}) is stopping"):
+            ended = _wait_readable(timeout, daemon.pidfd)
+        if not ended:
             raise OSError(
                 errno.ETIMEDOUT,
                 f"mshared (pid {daemon.pid}) has not ended after {timeout:g} s; look into its log, or end it at once "
                 f"with `kill -9 {daemon.pid}`",
             )
     click.echo(f"mshared (pid {daemon.pid}) of {place} has stopped")
+
+
+def huge_pages() -> str:
+    """How many the machine has by now, while a daemon raises their number."""
+    try:
+        return f"({Path('/proc/sys/vm/nr_hugepages').read_text().strip()} huge pages)"
+    except OSError:
+        return ""
 
 
 def default_log() -> Path:

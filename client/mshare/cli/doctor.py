@@ -5,16 +5,16 @@ Each check takes the facts and returns what it found; none looks at the machine 
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import attrs
 import click
 
+from mshare.cli import fix as fixing
 from mshare.cli import render
+from mshare.cli.findings import Finding, Level
 from mshare.cli.machine import Machine, read_machine
 from mshare.discovery import HOW_TO_START
 from msharefs.uffd_abi import Feature
@@ -28,35 +28,26 @@ _DESCRIPTORS_AN_ATTACHMENT: Final = 3
 _DEFAULT_MAP_COUNT: Final = 65530
 
 
-class Level(enum.StrEnum):
-    """``note``: works, but less well, or good to know. ``lack``: mshared cannot run without."""
-
-    OK = "ok"
-    NOTE = "note"
-    LACK = "lack"
-
-
-@attrs.frozen
-class Finding:
-    """What one check found, and what to do about it."""
-
-    name: str
-    level: Level
-    found: str
-    cure: str | None = None
-
-
 @click.command()
+@click.option(
+    "--fix", is_flag=True, help="Tell which commands would cure each lack; root is asked whether to run them."
+)
+@click.option("--yes", is_flag=True, help="With --fix, as root: run them without asking.")
 @render.json_option
 @click.pass_context
-def doctor(context: click.Context, *, as_json: bool) -> None:
+def doctor(context: click.Context, *, fix: bool, yes: bool, as_json: bool) -> None:
     """Say what this machine has and lacks for mshared, with a cure for each lack.
 
     Judged for you: what a daemon run by this user needs. Exit status 1 if something is missing without which it
-    cannot run; a note is something that works less well, or is good to know.
+    cannot run (with --fix: is missing still); a note is something that works less well, or is good to know.
     """
     mount: Path | None = context.obj
-    findings = examine(read_machine(mount))
+    if yes and not fix:
+        raise click.UsageError("--yes is for --fix")
+    machine = read_machine(mount)
+    findings = examine(machine)
+    if fix and fixing.fix(machine, findings, yes=yes):
+        findings = examine(read_machine(mount))
     if as_json:
         render.print_json(findings)
     else:
