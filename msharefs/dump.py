@@ -57,10 +57,10 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
     notes = (*facts.notes, sharing(region), *_hugeness(region, facts))
     buckets = region.latency.buckets()
     return RegionStat(
-        name=region.name or "",
+        name=region.title,
         address=region.ar.start,
         size=region.ar.size,
-        backing=region.backing,
+        backing="file" if region.file is not None and region.file.resident else region.backing,
         uid=region.owner.uid,
         gid=region.owner.gid,
         mode=region.owner.mode,
@@ -254,6 +254,8 @@ def _of_file(told: Vma, source: FileSource, dirty: Iterable[AddrRange]) -> Vma:
 
 def _maps_line(region: Region, vma: HostVma) -> str:
     ar, prot, source = vma.ar, vma.prot.as_text(), vma.source
+    if region.file is not None:
+        return f"{ar} {prot}s {region.file.offset + region.offset_of(ar):012x} [file {region.file.key}]\n"
     if source is None:
         return f"{ar} {prot}s {region.offset_of(ar):012x} [anon]\n"
     return f"{ar} {prot}{'s' if source.shared else 'p'} {source.offset:012x} [file {source.file}]\n"

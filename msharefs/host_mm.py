@@ -186,7 +186,7 @@ class HostMm:
         They are protected first, so that a store during the copy is reported, and counts.
         """
         effects: list[Change] = []
-        for vma in filter(lambda vma: vma.reaches_file, self.vmas.overlapping(ar)):
+        for vma in filter(lambda vma: vma.tracks_stores, self.vmas.overlapping(ar)):
             for run in self.dirty(vma.clipped(ar).ar):
                 source = vma.source_at(run.start)
                 assert source is not None
@@ -196,7 +196,7 @@ class HostMm:
 
     def dirty(self, ar: AddrRange) -> list[AddrRange]:
         """Pages of shared files that were stored to and not written back, in order."""
-        files = [vma.clipped(ar).ar for vma in self.vmas.overlapping(ar) if vma.reaches_file]
+        files = [vma.clipped(ar).ar for vma in self.vmas.overlapping(ar) if vma.tracks_stores]
         return united(run for part in files for run, pte in self.table.runs(part) if pte.flags & PteFlag.DIRTY)
 
     def filled(self, ar: AddrRange) -> None:
@@ -220,7 +220,7 @@ class HostMm:
     def stored_to(self, page: AddrRange) -> None:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
         vma = self.vmas.find(page.start)
-        if vma is not None and vma.reaches_file:
+        if vma is not None and vma.tracks_stores:
             self.enter(page, pte_flags(vma.prot) | PteFlag.DIRTY)
         elif vma is not None and self.rule.forked and self.table.frame_at(page.start) == self.frame_at(page.start):
             self.enter(page, pte_flags(vma.prot))
@@ -308,7 +308,7 @@ class HostMm:
         One that reaches a file stays protected until it is stored to, and so does one that relatives may refer to.
         """
         if prot & Prot.WRITE:
-            for vma in filter(lambda vma: not vma.reaches_file, self.vmas.overlapping(ar)):
+            for vma in filter(lambda vma: not vma.tracks_stores, self.vmas.overlapping(ar)):
                 for run in self._native_stores(vma.clipped(ar).ar):
                     self.table.change_flags(run, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
         elif prot & Prot.READ:
@@ -374,4 +374,4 @@ def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
 
 def _clean_flags(vma: Vma) -> PteFlag:
     """The flags of a page that nobody stored to: the first store to what reaches a file must be seen."""
-    return pte_flags(Prot.READ if vma.reaches_file else vma.prot)
+    return pte_flags(Prot.READ if vma.tracks_stores else vma.prot)

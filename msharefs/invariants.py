@@ -124,7 +124,7 @@ def _check_pages(mm: HostMm) -> None:
 
 def _check_dirty(run: AddrRange, pte: Pte, vma: Vma) -> None:
     dirty = bool(pte.flags & PteFlag.DIRTY)
-    if dirty and not vma.reaches_file:
+    if dirty and not vma.tracks_stores:
         raise InternalError(f"pages {run} are dirty in {vma.ar}, which reaches no file")
-    if vma.reaches_file and dirty != bool(pte.flags & PteFlag.WRITE):
+    if vma.tracks_stores and dirty != bool(pte.flags & PteFlag.WRITE):
         raise InternalError(f"pages {run} of a shared file are dirty or writable, and not both")

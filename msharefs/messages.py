@@ -74,6 +74,27 @@ class Attach:
 
 
 @attrs.frozen
+class MapFile:
+    """Client: let me share the mapping of a file with whoever maps it alike; one descriptor, the opened file.
+
+    ``offset`` is in the file; None for ``addr`` takes the others' address. ``backing`` is for files of disks.
+    """
+
+    addr: int | None
+    length: int
+    offset: int
+    prot: int
+    backing: str | None = None
+
+
+@attrs.frozen
+class Ordinary:
+    """Daemon: there is nothing to share, for that reason; map the file yourself."""
+
+    why: str
+
+
+@attrs.frozen
 class Exists:
     """Daemon: there is such a region already; attach to it."""
 
@@ -84,7 +105,8 @@ class Offer:
 
     Without ``device`` the client makes its userfaultfd by the system call, for user mode only. ``inode`` is that of the
     region's file, ``page`` the size of the region's pages: 2 MiB with ``hugetlb``, where nothing can be written to the
-    backing file but by mapping it. ``used``: see ``Create``.
+    backing file but by mapping it. ``used``: see ``Create``. ``own``: no backing comes, the client maps the file that
+    it asked to share. ``shared``: a window that cannot write is a shared mapping nevertheless, which reports no faults.
     """
 
     offer: int
@@ -95,6 +117,8 @@ class Offer:
     device: bool
     page: int = PAGE_SIZE
     used: int | None = None
+    own: bool = False
+    shared: bool = False
 
 
 @attrs.frozen
@@ -363,11 +387,12 @@ class Traced:
     more: bool = False
 
 
-Attaching = Hello | Create | Attach | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
+Attaching = Hello | Create | Attach | MapFile | Mapped | Settled | Abort | Adopt | Detach | Unlink | Remove
 Forking = Fork | Snapshot | Forget | Take
 Changing = Mmap | Munmap | Mprotect | Madvise | Msync
 Looking = GetStat | GetMaps | GetList | GetHeat | GetRefusals | GetTrace
 Request = Attaching | Forking | Changing | Looking
 Told = RegionStat | Maps | Listing | Heat | Refusals | Traced
-Reply = Welcome | Snapshots | Exists | Offer | Attached | Done | Failed | Placed | Told
+Offering = Exists | Ordinary | Offer
+Reply = Welcome | Snapshots | Offering | Attached | Done | Failed | Placed | Told
 Message = Request | Reply

@@ -22,6 +22,7 @@ from msharefs.errors import (
     NotPermittedError,
     QuotaError,
 )
+from msharefs.file_sharing import FileKey, SharedFile
 from msharefs.host_mm import HostMm
 from msharefs.names import check_name
 from msharefs.perms import Credentials, FileAccess, Ownership
@@ -60,6 +61,7 @@ class Namespace:
         self.policy = policy
         self._by_name: dict[str, Region] = {}
         self._by_id: dict[RegionId, Region] = {}
+        self._by_file: dict[FileKey, Region] = {}
         self._region_ids = itertools.count(1)
         self._attachment_ids = itertools.count(1)
         self._next_free = Address(WINDOW_START)
@@ -71,6 +73,14 @@ class Namespace:
     def all(self) -> list[Region]:
         """Every region that still exists, nameless ones included."""
         return list(self._by_id.values())
+
+    def files(self) -> list[Region]:
+        """Regions of files that are shared without a name, by file."""
+        return [region for _, region in sorted(self._by_file.items()) if region.ready]
+
+    def find_file(self, key: FileKey) -> Region | None:
+        """The region by which processes share that file, ready or not."""
+        return self._by_file.get(key)
 
     def find(self, name: str) -> Region:
         """The region of that name, ready or not."""
@@ -123,6 +133,24 @@ class Namespace:
         number = RegionId(next(self._region_ids))
         region = Region(number, name, owner, backing, mm, used=used, transient=kept, kept=kept)
         self._by_name[name] = self._by_id[number] = region
+        return region
+
+    def share(self, file: SharedFile, addr: int | None, size: int, owner: Ownership, backing: BackingKind) -> Region:
+        """A region without a name for a file that nobody shares, not ready yet: one hole, at the first mapper's range.
+
+        The limits are those of ``owner.uid``. Preconditions: ``find_file`` finds none.
+        """
+        self._check_limits(size, Credentials(owner.uid, owner.gid))
+        ar = self._free_range(size) if addr is None else check_user_range(addr, size, PMD_SIZE)
+        mm = HostMm(
+            ar,
+            page=backing.page,
+            granule=backing.granule,
+            paging_all=self.policy.paging_all and not file.resident,
+            hole_signal=self.policy.hole_signal,
+        )
+        region = Region(RegionId(next(self._region_ids)), None, owner, backing, mm, file=file)
+        self._by_file[file.key] = self._by_id[region.id] = region
         return region
 
     def check_fork(self, origin: Region, name: str | None, mode: int, who: Credentials) -> None:
@@ -229,6 +257,8 @@ class Namespace:
         if region.name is not None:
             return False
         del self._by_id[region.id]
+        if region.file is not None:
+            del self._by_file[region.file.key]
         return True
 
     def _check_limits(self, size: int, who: Credentials) -> None:

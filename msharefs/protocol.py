@@ -46,6 +46,7 @@ from msharefs.messages import Hello as Hello
 from msharefs.messages import Listing as Listing
 from msharefs.messages import Looking as Looking
 from msharefs.messages import Madvise as Madvise
+from msharefs.messages import MapFile as MapFile
 from msharefs.messages import Mapped as Mapped
 from msharefs.messages import Maps as Maps
 from msharefs.messages import Message as Message
@@ -54,6 +55,7 @@ from msharefs.messages import Mprotect as Mprotect
 from msharefs.messages import Msync as Msync
 from msharefs.messages import Munmap as Munmap
 from msharefs.messages import Offer as Offer
+from msharefs.messages import Ordinary as Ordinary
 from msharefs.messages import Placed as Placed
 from msharefs.messages import Refusals as Refusals
 from msharefs.messages import Remove as Remove
@@ -89,6 +91,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "hello": Hello,
     "create": Create,
     "attach": Attach,
+    "map_file": MapFile,
     "mapped": Mapped,
     "settled": Settled,
     "abort": Abort,
@@ -115,6 +118,7 @@ _OPS: Final[dict[str, type[Any]]] = {
     "placed": Placed,
     "welcome": Welcome,
     "exists": Exists,
+    "ordinary": Ordinary,
     "offer": Offer,
     "attached": Attached,
     "done": Done,

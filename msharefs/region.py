@@ -8,6 +8,7 @@ from typing import NewType
 import attrs
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, PUD_SIZE, Address, AddrRange, Offset
+from msharefs.file_sharing import SharedFile
 from msharefs.histogram import LatencyHistogram
 from msharefs.host_mm import HostMm
 from msharefs.perms import Ownership
@@ -73,6 +74,7 @@ class Region:
     in common was served, ``latency`` how long faults took from when the daemon read of them to the answer.
     ``used`` is how many bytes its users are to see. One that is ``transient`` loses its name once nobody is attached
     and it is not ``kept`` any more, which is as long as a certain process lives.
+    ``file`` is what processes share by this region where that is a file; it has no name then.
     """
 
     id: RegionId
@@ -89,7 +91,13 @@ class Region:
     used: int | None = None
     transient: bool = False
     kept: bool = False
+    file: SharedFile | None = None
     attachments: dict[AttachmentId, Attachment] = attrs.Factory(dict)
+
+    @property
+    def title(self) -> str:
+        """What it is called where it must be called something."""
+        return self.name or (str(self.file.key) if self.file else "")
 
     @property
     def ar(self) -> AddrRange:

@@ -27,13 +27,14 @@ class FileSource:
     """The file that a VMA shows: ``offset`` is what lies at its start, in bytes.
 
     ``shared``: stores reach the file (MAP_SHARED); otherwise they stay in the region. ``writable``: the descriptor was
-    opened for writing.
+    opened for writing. ``compared``: which pages were stored to is found by looking at them, not by faults.
     """
 
     file: FileId
     offset: int
     shared: bool
     writable: bool
+    compared: bool = False
 
 
 @attrs.define(eq=False)
@@ -61,12 +62,17 @@ class Vma:
 
     @reports_stores.default
     def _reports_stores(self) -> bool:
-        return self.reaches_file or not Access.WRITE.allowed_by(self.prot)
+        return self.tracks_stores or not Access.WRITE.allowed_by(self.prot)
 
     @property
     def reaches_file(self) -> bool:
         """Whether stores have to reach a file."""
         return self.source is not None and self.source.shared
+
+    @property
+    def tracks_stores(self) -> bool:
+        """Whether the first store to each page makes it dirty."""
+        return self.source is not None and self.source.shared and not self.source.compared
 
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
@@ -88,7 +94,7 @@ class Vma:
         if self.source is None:
             return None
         of = self.source
-        return FileSource(of.file, of.offset + addr - self.ar.start, of.shared, of.writable)
+        return FileSource(of.file, of.offset + addr - self.ar.start, of.shared, of.writable, of.compared)
 
     def merges_with(self, above: Vma) -> bool:
         """Whether ``above`` goes on where this ends, in the same way (compare mm/vma.c:can_vma_merge_after)."""

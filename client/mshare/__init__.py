@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from mshare.api import mshare, mshare_unlink, remove
 from mshare.arena import Arena
+from mshare.file_mapping import FileMapping, mmap
 from mshare.odfork import odfork, set_odfork_default
 from mshare.region import Region
 from mshare.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
@@ -22,12 +23,14 @@ __all__ = [
     "MAP_REFPAGE",
     "MAP_SHARED_PT",
     "Arena",
+    "FileMapping",
     "Region",
     "RegionStat",
     "ShareableList",
     "SharedMemory",
     "SharedMemoryManager",
     "Vma",
+    "mmap",
     "mshare",
     "mshare_unlink",
     "odfork",

@@ -176,7 +176,7 @@ def _enter(
     reserve: bool = False,
 ) -> Region:
     """Take up an offer: map the backing, or put it in the place of what is donated; be armed before anybody looks."""
-    offer = _offer_of(reply, fds)
+    offer = offer_of(reply, fds)
     window = Window(offer)
     try:
         backing, device = fds[0], fds[1] if offer.device else None
@@ -219,9 +219,9 @@ def _leave(link: Connection, offer: protocol.Offer, window: Window, donation: Do
     window.discard()
 
 
-def _offer_of(reply: protocol.Message, fds: list[int]) -> protocol.Offer:
+def offer_of(reply: protocol.Message, fds: list[int]) -> protocol.Offer:
     """The offer in a reply. Raises OSError EPROTO, with the descriptors closed, when it is none."""
-    if isinstance(reply, protocol.Offer) and len(fds) == 1 + reply.device:
+    if isinstance(reply, protocol.Offer) and len(fds) == (not reply.own) + reply.device:
         return reply
     for fd in fds:
         os.close(fd)

@@ -53,6 +53,11 @@ class Connection:
             raise OSError(reply.errno, reply.message)
         return reply, received
 
+    def reach(self) -> None:
+        """Connect, unless that is done. Raises OSError when there is no daemon."""
+        with self._lock:
+            self._connected()
+
     def forget(self) -> None:
         """In a forked child: the connection is the parent's, and a thread that is not here may hold the lock."""
         self._lock = threading.Lock()

@@ -281,9 +281,9 @@ def attached_as(mount: Path, inode: int) -> list[Region]:
 
 
 def attached_regions() -> list[Region]:
-    """This process's windows, on whatever regions."""
+    """This process's windows on regions that have a name; mappings of files have none."""
     with _attached_lock:
-        return list(_attached)
+        return [region for region in _attached if region.name]
 
 
 def check_no_window(start: int, end: int) -> None:
@@ -291,7 +291,8 @@ def check_no_window(start: int, end: int) -> None:
     with _attached_lock:
         windows = [each for each in list(_attached) if each.address < end and start < each.address + each.size]
     if windows:
-        raise OSError(errno.EINVAL, f"the range holds a window of region {windows[0].name!r}; detach it first")
+        what = f"a window of region {windows[0].name!r}" if windows[0].name else "a shared mapping of a file"
+        raise OSError(errno.EINVAL, f"the range holds {what}; detach it first")
 
 
 def close_windows(regions: list[Region]) -> None:

@@ -35,6 +35,7 @@ SYS_MPROTECT: Final = 10
 SYS_IOCTL: Final = 16
 SYS_PWRITE64: Final = 18
 SYS_MREMAP: Final = 25
+_MS_SYNC: Final = 4
 _PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _PAGEMAP_THERE: Final = 0b110  # Bits 62 and 63: in swap, in memory.
 _PAGEMAP_FILES: Final = 0b001  # Bit 61: a page of a file, or of shared memory.
@@ -47,6 +48,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
@@ -73,6 +75,12 @@ def mprotect(addr: int, length: int, prot: int) -> None:
     """mprotect(2). Raises OSError."""
     if _libc.mprotect(addr, length, prot):
         raise _error("mprotect")
+
+
+def msync(addr: int, length: int) -> None:
+    """msync(2) with MS_SYNC. Raises OSError."""
+    if _libc.msync(addr, length, _MS_SYNC):
+        raise _error("msync")
 
 
 def madvise(addr: int, length: int, advice: int) -> None:

@@ -27,15 +27,18 @@ class RangeInUseError(OSError):
 class Window:
     """Maps a region's backing, and unmaps it only when nobody looks at it through ``buf`` any more.
 
-    ``userfaultfd`` is this process's copy: while somebody holds one, a thread that waits for a fault to be served
-    goes on waiting when the daemon dies, instead of reading zeros. ``anchor`` are pages of address space that nobody
+    ``prot`` is what this process may do there, as far as the region lets anybody. ``userfaultfd`` is this process's
+    copy: while somebody holds one, a thread that waits for a fault to be served goes on waiting when the daemon dies,
+    instead of reading zeros. ``anchor`` are pages of address space that nobody
     touches: see ``protocol.Mapped``.
     """
 
-    def __init__(self, offer: Offer) -> None:
+    def __init__(self, offer: Offer, prot: int | None = None) -> None:
         self.address = offer.addr
         self.size = offer.size
         self.readonly = offer.readonly
+        self.prot = prot if prot is not None else sc.PROT_READ | (0 if offer.readonly else sc.PROT_WRITE)
+        self._kind = sc.MAP_PRIVATE if offer.readonly and not (offer.own or offer.shared) else sc.MAP_SHARED
         self.userfaultfd = -1
         self.anchor = 0
         self._mapped = False
@@ -53,14 +56,15 @@ class Window:
             raise ValueError("the region is detached")
         return self._view
 
-    def map(self, backing: int) -> None:
+    def map(self, backing: int, offset: int = 0, more: int = sc.MAP_NORESERVE) -> None:
         """Take the range, which must be free. Nobody can touch it before ``open``. Raises OSError EINVAL.
 
-        MAP_NORESERVE, since the daemon reserves what is mapped: a window would do so for holes, too.
+        MAP_NORESERVE, since the daemon reserves what is mapped: a window would do so for holes, too. ``more`` are other
+        flags instead, for a file that is not the daemon's.
         """
-        shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
+        flags = self._kind | more | sc.MAP_FIXED_NOREPLACE
         try:
-            got = sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
+            got = sc.mmap(self.address, self.size, sc.PROT_NONE, flags, backing, offset)
         except FileExistsError as error:
             raise RangeInUseError(self.address, self.size) from error
         self._mapped = True
@@ -77,8 +81,8 @@ class Window:
 
     def replace(self, backing: int) -> None:
         """In a child that has no window here: have one on something else, closed until ``let_in``. Raises OSError."""
-        shared = (sc.MAP_PRIVATE if self.readonly else sc.MAP_SHARED) | sc.MAP_NORESERVE
-        sc.mmap(self.address, self.size, sc.PROT_NONE, shared | sc.MAP_FIXED_NOREPLACE, backing)
+        flags = self._kind | sc.MAP_NORESERVE | sc.MAP_FIXED_NOREPLACE
+        sc.mmap(self.address, self.size, sc.PROT_NONE, flags, backing)
         self.anchor = 0
         self.drop_userfaultfd()
 
@@ -103,19 +107,41 @@ class Window:
     def open(self) -> None:
         """Let this process in, and have it look. Preconditions: the daemon has armed what must be armed."""
         self.let_in()
-        view = memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
-        self._view = view.toreadonly() if self.readonly else view
+        self._look()
 
     def let_in(self) -> None:
         """Let this process touch it. Preconditions: the daemon has armed what must be armed."""
-        sc.mprotect(self.address, self.size, sc.PROT_READ if self.readonly else sc.PROT_READ | sc.PROT_WRITE)
+        sc.mprotect(self.address, self.size, self.prot)
         self._mapped = True
+
+    def take(self) -> None:
+        """Be a window on what this process has mapped there already."""
+        self._mapped = True
+        self._look()
+
+    def allow(self, prot: int) -> None:
+        """Let this process do more, or less. Raises OSError, and BufferError while views that may not are alive."""
+        more = prot & ~self.prot & sc.PROT_WRITE
+        if more:
+            self.check_unseen()
+        sc.mprotect(self.address, self.size, prot)
+        self.prot = prot
+        if more:
+            self._look()
+
+    def check_unseen(self) -> None:
+        """Raise BufferError while views of it are alive, ``view`` aside."""
+        if self._view is not None and (has_relatives(self._view) or _is_referred_to(self._view)):
+            raise BufferError("views of the region's buf are alive; release them before detaching")
+
+    def _look(self) -> None:
+        view = memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
+        self._view = view if self.prot & sc.PROT_WRITE else view.toreadonly()
 
     def close(self) -> None:
         """Unmap. Raises BufferError, with nothing changed, while views of it are alive."""
         if self._view is not None:
-            if has_relatives(self._view) or _is_referred_to(self._view):
-                raise BufferError("views of the region's buf are alive; release them before detaching")
+            self.check_unseen()
             self._view.release()  # Raises BufferError while an array, say, uses it.
             self._view = None
         self.discard()

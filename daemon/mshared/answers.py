@@ -20,12 +20,16 @@ class Caller:
 
 @attrs.frozen
 class Pending:
-    """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches."""
+    """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches.
+
+    ``unarmed``: see ``LiveAttachment``.
+    """
 
     region: LiveRegion
     readonly: bool
     creator: bool
     donated: tuple[protocol.DonatedRange, ...] = ()
+    unarmed: bool = False
 
 
 @attrs.frozen

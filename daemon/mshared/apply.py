@@ -123,10 +123,15 @@ def _change_all(region: LiveRegion, effect: Arm | Protect, read_events: Callable
 
 
 def _change(attachment: LiveAttachment, effect: Arm | Protect) -> None:
-    if isinstance(effect, Arm):
-        _arm(attachment, effect.ar, effect.arming)
-    else:
-        _protect(attachment, effect.ar)
+    try:
+        if isinstance(effect, Arm):
+            _arm(attachment, effect.ar, effect.arming)
+        else:
+            _protect(attachment, effect.ar)
+    except PermissionError:
+        if attachment.region.model.file is None:
+            raise
+        log.warning("%s: a window that the kernel does not let anybody arm; left alone", attachment)
 
 
 def answer_fault(

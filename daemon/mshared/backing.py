@@ -35,7 +35,8 @@ _SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 class Backing:
     """The file of one region. Owns its descriptors.
 
-    ``fd`` is the daemon's own, ``writable`` and ``readonly`` are what clients get a copy of. Ranges are offsets.
+    ``fd`` is the daemon's own, ``writable`` and ``readonly`` are what clients get a copy of. Ranges are offsets in the
+    region, which starts at ``start`` of the file.
     """
 
     fd: int
@@ -43,6 +44,12 @@ class Backing:
     readonly: int
     path: Path | None
     kind: BackingKind = BackingKind.SMALL
+    start: int = 0
+
+    @classmethod
+    def of_file(cls, fd: int, kind: BackingKind, start: int) -> Backing:
+        """Somebody's file in memory; its descriptor is the daemon's alone."""
+        return cls(fd, fd, fd, None, kind, start)
 
     def punch(self, ar: AddrRange) -> None:
         """Give the memory of ``ar`` back and take it out of every process, with no event."""
@@ -56,9 +63,28 @@ class Backing:
     def write(self, data: bytes, offset: int) -> None:
         """Write over what is there. What is not there comes with its whole granule."""
         if self.kind is BackingKind.HUGETLB:
-            hugetlb.overwrite(self.fd, offset, data)
+            hugetlb.overwrite(self.fd, self.start + offset, data)
         else:
-            _write_all(self.fd, data, offset)
+            _write_all(self.fd, data, self.start + offset)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """What is there, and zeros where nothing is."""
+        return os.pread(self.fd, size, self.start + offset)
+
+    def holds(self, offset: int) -> bool:
+        """Whether there is something at an offset. Not for huge pages, whose files do not tell."""
+        try:
+            return os.lseek(self.fd, self.start + offset, os.SEEK_DATA) == self.start + offset
+        except OSError:  # ENXIO: there is nothing from there to the end.
+            return False
+
+    def held(self, ar: AddrRange, device: int | None) -> list[AddrRange]:
+        """Where there is something in a range of offsets, in order."""
+        return self.held_by(self.fd, ar, device)
+
+    def held_by(self, fd: int, ar: AddrRange, device: int | None) -> list[AddrRange]:
+        """The same, asked by a duplicate of the descriptor."""
+        return [part.moved(-self.start) for part in held(fd, ar.moved(self.start), self.kind, device)]
 
     @contextlib.contextmanager
     def duplicate(self) -> Iterator[int]:

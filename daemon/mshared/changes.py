@@ -184,7 +184,7 @@ class Changes:
 def _check_writer(live: LiveAttachment) -> None:
     """Only who may store may change mappings."""
     if live.model.readonly:
-        name = live.region.model.name
+        name = live.region.model.title
         raise AccessDeniedError(f"{name!r} was opened O_RDONLY; open it O_RDWR to change its mappings")
 
 

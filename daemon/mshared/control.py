@@ -190,6 +190,8 @@ class _Connection:
             case protocol.Attach():
                 _expect(fds, 1)
                 return self._offered(*await service.attach(caller, message, fds[0], self._device))
+            case protocol.MapFile():
+                return await self._file_mapped(message, fds)
             case protocol.Mapped():
                 _expect(fds, 1, 2)
                 answer = service.mapped(caller, message, self._offer(message.offer), fds)
@@ -266,6 +268,11 @@ class _Connection:
         finally:
             donations.close_files(files)
             fds += sponsor
+        return answer if pending is None else self._offered(answer, pending)
+
+    async def _file_mapped(self, message: protocol.MapFile, fds: list[int]) -> Answer:
+        _expect(fds, 1)
+        answer, pending = await self._service.map_file(self.caller, message, fds[0])
         return answer if pending is None else self._offered(answer, pending)
 
     async def _forking(self, message: protocol.Forking) -> Answer:

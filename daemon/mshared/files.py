@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import math
 import mmap
 import os
@@ -13,7 +14,7 @@ from typing import Final
 
 from mshared import libc
 
-_TMPFS_MAGIC: Final = 0x01021994
+TMPFS_MAGIC: Final = 0x01021994
 _SYSINFO: Final = struct.Struct("=8x24x32xQQ32x")
 """struct sysinfo of x86-64: of all its fields totalswap and freeswap are read."""
 
@@ -36,7 +37,7 @@ class MappedFile:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._in_memory = _filesystem(fd) == _TMPFS_MAGIC
+        self._in_memory = filesystem(fd)[0] == TMPFS_MAGIC
 
     def read_now(self, buffer: Buffer, length: int, offset: int) -> bool:
         """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
@@ -62,11 +63,16 @@ def read(fd: int, length: int, offset: int) -> tuple[bytes, int]:
     return os.pread(fd, length, offset), os.fstat(fd).st_size
 
 
-def _filesystem(fd: int) -> int:
-    """The magic number of the filesystem (statfs(2))."""
+def is_writable(fd: int) -> bool:
+    """Whether a descriptor was opened for writing, too."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
+def filesystem(fd: int) -> tuple[int, int]:
+    """The magic number of a file's filesystem, and the size of its blocks (statfs(2))."""
     found = ctypes.create_string_buffer(128)
     libc.call("fstatfs", fd, found)
-    return int.from_bytes(found.raw[:8], "little")
+    return int.from_bytes(found.raw[:8], "little"), int.from_bytes(found.raw[8:16], "little")
 
 
 def _anything_swapped() -> bool:

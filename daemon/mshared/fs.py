@@ -35,7 +35,10 @@ _ROOT: Final = pyfuse3.ROOT_INODE
 _INFO: Final = 2
 _REGIONS: Final = 3
 _METRICS: Final = 4
+_FILES: Final = 5
+_FILES_NAME: Final = ".files"
 _FIXED: Final = {INFO_NAME: _INFO, ".regions": _REGIONS, ".metrics": _METRICS}
+_DIRECTORIES: Final = (_ROOT, _REGIONS, _FILES)
 _PARTS: Final = ("", ".", "maps", "smaps", "pagetables", "attachments", "stat")
 """What a region's inodes are, by their number within the region: its file, its directory, its info files."""
 _PART_DIRECTORY: Final = 1
@@ -262,6 +265,8 @@ class MshareFs(pyfuse3.Operations):
         """The inode of a name. Raises FUSEError ENOENT."""
         if parent == _ROOT and name in _FIXED:
             return _FIXED[name]
+        if parent == _REGIONS and name == _FILES_NAME:
+            return _FILES
         if parent in (_ROOT, _REGIONS):
             region = self._service.namespace.find(name)
             return region.id * INODES_A_REGION + (_PART_DIRECTORY if parent == _REGIONS else 0)
@@ -274,8 +279,10 @@ class MshareFs(pyfuse3.Operations):
         """Names and inodes in a directory."""
         if inode == _ROOT:
             return [*_FIXED.items(), *((r.name or "", r.id * INODES_A_REGION) for r in self._service.namespace)]
-        if inode == _REGIONS:
-            return [(r.name or "", r.id * INODES_A_REGION + _PART_DIRECTORY) for r in self._service.namespace]
+        if inode in (_REGIONS, _FILES):
+            regions = self._service.namespace if inode == _REGIONS else self._service.namespace.files()
+            fixed = [(_FILES_NAME, _FILES)] if inode == _REGIONS else []
+            return [*fixed, *((r.title, r.id * INODES_A_REGION + _PART_DIRECTORY) for r in regions)]
         region, part = self._region_of(inode)
         if region is None or part != _PART_DIRECTORY:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
@@ -284,7 +291,7 @@ class MshareFs(pyfuse3.Operations):
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         region, part = self._region_of(inode)
-        directory = part == _PART_DIRECTORY if region else inode in (_ROOT, _REGIONS)
+        directory = part == _PART_DIRECTORY if region else inode in _DIRECTORIES
         owner = self._ownership(inode, region, part)
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
@@ -300,7 +307,7 @@ class MshareFs(pyfuse3.Operations):
         """The region's own for its file; what may be read of it for its info files, and searched for its directory."""
         root = self._service.namespace.root
         if region is None:
-            return root if inode == _ROOT else Ownership(root.uid, root.gid, 0o555 if inode == _REGIONS else 0o444)
+            return root if inode == _ROOT else Ownership(root.uid, root.gid, 0o555 if inode in _DIRECTORIES else 0o444)
         if not part:
             return region.owner
         readable = region.owner.mode & 0o444

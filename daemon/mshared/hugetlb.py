@@ -88,14 +88,18 @@ def reserve(fd: int, ar: AddrRange) -> None:
 def present(fd: int, ar: AddrRange, device: int | None) -> list[AddrRange]:
     """Which parts of a range of offsets the file has pages for, in order; a system call for each page it lacks.
 
-    Only the page cache knows, and only UFFDIO_CONTINUE asks it without making pages.
+    Only the page cache knows, and only UFFDIO_CONTINUE asks it without making pages; of a file that cannot be written
+    by the descriptor, nobody can ask.
     """
     start = libc.map_shared(fd, ar.size, ar.start, reserve=False)
     try:
         asking = uffd.new(device)
         try:
             asking.open_api(abi.Feature(0))
-            asking.mark(ar.moved(start - ar.start))
+            try:
+                asking.mark(ar.moved(start - ar.start))
+            except PermissionError:
+                return []
             return united(part.moved(ar.start - start) for part in _mapped(asking, ar.moved(start - ar.start)))
         finally:
             asking.close()

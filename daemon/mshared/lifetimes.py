@@ -126,6 +126,7 @@ class Lifetimes:
         readonly: bool,
         sigbus: int | None = None,
         staged: Iterable[Staged] = (),
+        unarmed: bool = False,
     ) -> LiveAttachment:
         """Arm a new window and count it. Takes the descriptors when it succeeds.
 
@@ -138,7 +139,7 @@ class Lifetimes:
         denier = None if sigbus is None else self._open(sigbus, _SIGBUS_FEATURES)
         was_ready = region.model.ready
         model = self.namespace.attach(region.model, window, pid, readonly=readonly)
-        live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier, staged=list(staged))
+        live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier, staged=list(staged), unarmed=unarmed)
         try:
             if self.fork_events:
                 uffd.mark(AddrRange.sized(anchor, PAGE_SIZE))
@@ -204,7 +205,15 @@ class Lifetimes:
         if processes.parent_of(pid) != origin.model.pid:
             raise NotFoundError(f"process {pid} is no child of one that has this window; attach again")
         model = origin.model
-        live = self.attach(origin.region, model.window.start, pid, fd, origin.anchor, readonly=model.readonly)
+        live = self.attach(
+            origin.region,
+            model.window.start,
+            pid,
+            fd,
+            origin.anchor,
+            readonly=model.readonly,
+            unarmed=origin.unarmed,
+        )
         live.model.forked_from = model.id
         return live
 
@@ -376,7 +385,7 @@ class Lifetimes:
         )
         region.model.ready = was_ready
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid, set(parent.poisoned))
-        child.staged, child.uid = list(parent.staged), parent.uid
+        child.staged, child.uid, child.unarmed = list(parent.staged), parent.uid, parent.unarmed
         self._add(child)
         self.forks.add(child)
         with contextlib.suppress(OSError):

@@ -12,9 +12,9 @@ import attrs
 import trio
 
 from mshared import hugetlb, processes
-from mshared.backing import Backing, held, punch, resident
+from mshared.backing import Backing, punch, resident
 from mshared.family import Family
-from mshared.files import MappedFile
+from mshared.files import MappedFile, is_writable
 from mshared.filler import Filler
 from mshared.observed import Journal, Trace
 from mshared.uffd import Uffd
@@ -41,8 +41,9 @@ class LiveAttachment:
 
     ``poisoned`` are the pages of its window that were marked such that system calls fail there; ``refused`` those that
     the userfaultfd ``sigbus`` has for the moment, to the same end, and until when on the monotonic clock. ``refusals``
-    counts touches that were not allowed.
-    ``distance`` is how far above the region's own addresses the window stands. ``uid`` is who attached.
+    counts touches that were not allowed. ``distance`` is how far above the region's own addresses the window stands.
+    ``uid`` is who attached. ``unarmed``: its window is a shared mapping that cannot write, of memory that is all there:
+    nothing needs to be reported of it, and the kernel would report nothing.
     """
 
     model: Attachment
@@ -56,6 +57,7 @@ class LiveAttachment:
     refusals: int = 0
     staged: list[Staged] = attrs.Factory(list)
     uid: int = 0
+    unarmed: bool = False
     distance: int = attrs.field(init=False)
 
     @distance.default
@@ -86,7 +88,9 @@ class LiveAttachment:
         return ar.moved(-self.distance) if self.distance else ar
 
     def places(self, ar: AddrRange) -> list[AddrRange]:
-        """Where it has the host range ``ar``: parts of it may be staged still."""
+        """Where it has the host range ``ar``, to be armed there: parts of it may be staged still."""
+        if self.unarmed:
+            return []
         staged = [each for each in self.staged if each.ar.overlaps(ar)]
         if not staged:
             return [self.guest(ar)]
@@ -104,7 +108,7 @@ class LiveAttachment:
 
     def __str__(self) -> str:
         """How log lines start."""
-        return f"region {self.region.model.name or self.region.model.id} pid {self.model.pid}"
+        return f"region {self.region.model.title or self.region.model.id} pid {self.model.pid}"
 
 
 @attrs.define
@@ -174,6 +178,25 @@ class LiveRegion:
         self.written.set()
         self.family.join(self)
 
+    @property
+    def shows_own_file(self) -> bool:
+        """Whether its memory is a file of its users, which the daemon must not change."""
+        return self.model.file is not None and self.model.file.resident
+
+    def keep_better(self, fd: int) -> None:
+        """Keep a copy of a descriptor by which a shared file can be written, if there was none."""
+        if self.shows_own_file:
+            old = self.backing
+            if not is_writable(old.fd):
+                better = Backing.of_file(os.dup(fd), old.kind, old.start)
+                self.backing = self.family.backings[self.model.mm.store] = better
+                old.close()
+            return
+        for number, file in list(self.files.items()):
+            if not is_writable(file.fd):
+                self.files[number] = MappedFile(os.dup(fd))
+                file.close()
+
     def filler(self) -> Filler:
         """What puts single pages into the backing; made when first needed."""
         if self._filler is None:
@@ -229,7 +252,7 @@ class LiveRegion:
 
     def held(self, ar: AddrRange) -> list[AddrRange]:
         """Where the backing holds data in a range of offsets, in order."""
-        return held(self.backing.fd, ar, self.backing.kind, self.uffd_device)
+        return self.backing.held(ar, self.uffd_device)
 
     def refresh_tables(self) -> None:
         """Bring the tables up to date with what the kernel has filled by itself.

@@ -202,10 +202,7 @@ def _is_there(region: LiveRegion, page: AddrRange) -> bool:
     offset = region.model.offset_of(page)
     if region.backing.kind is BackingKind.HUGETLB:
         return bool(region.held(AddrRange.sized(offset, page.size)))
-    try:
-        return os.lseek(region.backing.fd, offset, os.SEEK_DATA) == offset
-    except OSError:  # ENXIO: there is nothing from there to the end.
-        return False
+    return region.backing.holds(offset)
 
 
 def _came(attachment: LiveAttachment, page: AddrRange) -> bool:
@@ -251,9 +248,9 @@ def _hand_over(attachment: LiveAttachment, page: AddrRange, giver: Uffd, taker: 
     """Have another userfaultfd report the faults of a protected page, and see that nobody stores to it meanwhile."""
     backing, offset = attachment.region.backing, attachment.host(page).start - attachment.region.model.ar.start
     inside = attachment.model.window.covers(page)
-    before = os.pread(backing.fd, page.size, offset) if inside else b""
+    before = backing.read(page.size, offset) if inside else b""
     attempt(attachment, partial(giver.hand_over, page, taker, arming))
-    if inside and os.pread(backing.fd, page.size, offset) != before:
+    if inside and backing.read(page.size, offset) != before:
         backing.write(before, offset)
         log.warning("%s: killed, it stored to the protected page at %#x; undone", attachment, page.start)
         if attachment.model.pid is not None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import attrs
 import trio
 
 from mshared import apply, donations
 from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore
 from mshared.changes import Changes, Opened
+from mshared.file_mappings import FileMappings
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.snapshots import Snapshots, Wish
@@ -34,6 +36,7 @@ from msharefs.errors import (
     TryAgainError,
 )
 from msharefs.namespace import Namespace, check_window
+from msharefs.perms import Prot
 from msharefs.region import BackingKind, Region, RegionId
 
 INODES_A_REGION = 16
@@ -65,6 +68,7 @@ class Service:
         self._changes = changes
         self.snapshots = Snapshots(namespace, lifetimes, store)
         self.views = Views(namespace, lifetimes, notes)
+        self._files = FileMappings(namespace, lifetimes, store, self._backing_kind)
 
     def create(
         self, caller: Caller, request: protocol.Create, files: list[Opened], sponsor: list[int] | None = None
@@ -126,6 +130,18 @@ class Service:
         check_window(live.model, addr)
         return self._offer(live, addr, readonly=readonly), Pending(live, readonly, creator=False)
 
+    async def map_file(self, caller: Caller, request: protocol.MapFile, fd: int) -> tuple[Answer, Pending | None]:
+        """Offer a window on what processes share of a file, or say why it is to be mapped as any file is."""
+        found = await self._files.map(caller, request, fd)
+        if isinstance(found, str):
+            return Answer(protocol.Ordinary(found)), None
+        live, pending = found
+        answer = self._offer(live, live.model.ar.start, readonly=pending.readonly)
+        assert isinstance(answer.reply, protocol.Offer)
+        own = live.model.file is not None and live.model.file.resident
+        reply = attrs.evolve(answer.reply, own=own, shared=pending.unarmed)
+        return Answer(reply, answer.fds[1:] if own else answer.fds), pending
+
     def mapped(self, caller: Caller, request: protocol.Mapped, pending: Pending, fds: list[int]) -> Answer:
         """Arm the window and count it. The userfaultfds are taken out of ``fds`` when they are the daemon's."""
         region = pending.region
@@ -142,6 +158,7 @@ class Service:
             readonly=pending.readonly,
             sigbus=fds[1] if len(fds) > 1 else None,
             staged=donations.stage(region.model, pending.donated, request.staged),
+            unarmed=pending.unarmed,
         )
         live.uid = caller.who.uid
         fds.clear()
@@ -235,6 +252,8 @@ class Service:
                 self.lifetimes.settling.request(region)
 
     async def _change_locked(self, live: LiveAttachment, request: protocol.Changing, file: int | None) -> Answer:
+        if live.region.model.file is not None:
+            self._files.check(live.region, request)
         match request:
             case protocol.Mmap():
                 return Answer(await self._changes.mmap(live, request, file))
@@ -242,6 +261,8 @@ class Service:
                 await self._changes.munmap(live, request)
             case protocol.Mprotect():
                 await self._changes.mprotect(live, request)
+                if live.region.model.file is not None:
+                    live.region.model.file.mode = Prot(request.prot)
             case protocol.Madvise():
                 await self._changes.madvise(live, request)
             case protocol.Msync():
@@ -250,7 +271,7 @@ class Service:
 
     async def snapshot(self, caller: Caller, request: protocol.Snapshot) -> tuple[Answer, list[str]]:
         """Make private twins for a child of the caller's; their tokens."""
-        windows = [self._own(caller, number) for number in request.attachments]
+        windows = [self._forkable(caller, number) for number in request.attachments]
         tokens = await self.snapshots.for_child(windows, caller.who)
         return Answer(protocol.Snapshots(tuple(tokens))), tokens
 
@@ -275,7 +296,7 @@ class Service:
         Its owner may write it, and pages that it has in common with other forks of the region come to lie in it. So
         whoever makes one must be trusted with the region's contents already: may write it, or own it.
         """
-        live = self._own(caller, request.attachment)
+        live = self._forkable(caller, request.attachment)
         origin = live.region
         if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
@@ -334,6 +355,12 @@ class Service:
             raise NotPermittedError(f"attachment {number} belongs to another process")
         if not live.region.model.ready:
             raise TryAgainError("the region is still being made; try again")
+        return live
+
+    def _forkable(self, caller: Caller, number: int) -> LiveAttachment:
+        live = self._own(caller, number)
+        if live.region.model.file is not None:
+            raise InvalidArgumentError("a shared mapping of a file has no forks: it is the file")
         return live
 
     def _offer(self, live: LiveRegion, addr: int, *, readonly: bool) -> Answer:

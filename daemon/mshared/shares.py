@@ -60,7 +60,7 @@ class Shares:
 def _needs(message: protocol.Message | None, files: int) -> int:
     """How many descriptors a request leaves with the daemon at most."""
     match message:
-        case protocol.Create():
+        case protocol.Create() | protocol.MapFile():
             return REGION + ATTACHMENT + files
         case protocol.Fork():
             return REGION

@@ -26,7 +26,9 @@ async def keep_sizes(lifetimes: Lifetimes) -> None:
     while True:
         await trio.sleep(INTERVAL)
         for region in lifetimes.regions():
-            if not region.closed and os.fstat(region.backing.fd).st_size > region.model.ar.size:
+            if region.closed or region.shows_own_file:
+                continue
+            if os.fstat(region.backing.fd).st_size > region.model.ar.size:
                 await _cut(region)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import trio
 
 from mshared.answers import Answer, Caller
-from mshared.backing import held
 from mshared.facts import read_kernel
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
@@ -75,5 +74,5 @@ class Views:
     async def refresh(self, region: LiveRegion, fd: int) -> None:
         """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
         model, whole = region.model, AddrRange.sized(0, region.model.ar.size)
-        present = await trio.to_thread.run_sync(held, fd, whole, model.backing, region.uffd_device)
+        present = await trio.to_thread.run_sync(region.backing.held_by, fd, whole, region.uffd_device)
         model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)

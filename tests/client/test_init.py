@@ -10,10 +10,15 @@ import types
 import mshare
 from msharefs import perms, protocol
 
+<<<<<<< HEAD
 FUNCTIONS = {"mshare", "mshare_unlink", "odfork", "remove", "set_odfork_default"}
 CLASSES = {"Arena", "Region", "RegionStat", "ShareableList", "SharedMemory", "SharedMemoryManager", "Vma"}
+=======
+FUNCTIONS = {"mmap", "mshare", "mshare_unlink", "odfork", "remove", "set_odfork_default"}
+CLASSES = {"FileMapping", "Region", "RegionStat", "ShareableList", "SharedMemory", "SharedMemoryManager", "Vma"}
+>>>>>>> 7efab40 (Files can be shared without a name: mshare.mmap with MAP_SHARED_PT)
 FLAGS = {"MAP_SHARED_PT": 0x200000, "MAP_REFPAGE": 0x400000}
-LATER = {"mmap", "refpage_create"}
+LATER = {"refpage_create"}
 """Names that are fixed; those that exist are tested where they are."""
 
 
@@ -21,7 +26,11 @@ def test_all_of_it_is_there_once() -> None:
     names = set(mshare.__all__)
     assert names - LATER == FUNCTIONS | CLASSES | FLAGS.keys()
     assert [name for name in mshare.__all__ if not hasattr(mshare, name)] == []
+<<<<<<< HEAD
     assert len(mshare.__all__) == len(names)
+=======
+    assert mshare.__all__ == sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
+>>>>>>> 7efab40 (Files can be shared without a name: mshare.mmap with MAP_SHARED_PT)
 
 
 def test_nothing_else_looks_as_if_it_were() -> None:
@@ -50,6 +59,10 @@ def test_arguments_have_the_names_and_defaults_that_are_fixed() -> None:
         mshare.remove: "(name, *, mount=None)",
         mshare.odfork: "(*regions)",
         mshare.set_odfork_default: "(enabled)",
+        mshare.mmap: "(fd, length, *, addr=None, prot=3, flags=2097153, offset=0, backing=None, mount=None)",
+        mshare.FileMapping.munmap: "(self, offset=0, length=None)",
+        mshare.FileMapping.mprotect: "(self, prot)",
+        mshare.FileMapping.msync: "(self)",
         mshare.Region.fork: "(self, name, mode=384)",
         mshare.Region.munmap: "(self, offset, length)",
         mshare.Region.mprotect: "(self, offset, length, prot)",
@@ -73,7 +86,7 @@ def test_arguments_have_the_names_and_defaults_that_are_fixed() -> None:
 def test_everything_public_says_what_it_is() -> None:
     for name in FUNCTIONS | CLASSES:
         assert inspect.getdoc(getattr(mshare, name)), name
-    for name, member in vars(mshare.Region).items():
+    for name, member in (*vars(mshare.Region).items(), *vars(mshare.FileMapping).items()):
         if not name.startswith("_"):
             assert inspect.getdoc(member), name
 

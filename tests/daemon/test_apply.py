@@ -16,7 +16,8 @@ from mshared.uffd import Outcome
 from msharefs.addr import PAGE_SIZE, WINDOW_START, Address, AddrRange
 from msharefs.effects import Allow, Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, ZeroFill
 from msharefs.errors import InternalError
-from msharefs.perms import Access, Prot
+from msharefs.file_sharing import FileKey, SharedFile
+from msharefs.perms import PROT_RW, Access, Prot
 from msharefs.vma import Arming
 
 
@@ -90,6 +91,17 @@ class TestArm:
         fail(world.attach(), "arm", errno.EPERM)
         with pytest.raises(PermissionError):
             world.carry_out(Arm(pages(0), Arming.WP))
+
+    def test_who_maps_a_file_such_that_it_cannot_be_armed_keeps_nobody_else_from_it(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its window shows what it likes: the descriptor is its own."""
+        world.region.model.file = SharedFile(FileKey(0, 1, 2), 0, PROT_RW, resident=True)
+        hostile, other = world.attach(), world.attach()
+        fail(hostile, "arm", errno.EPERM)
+        world.carry_out(Arm(pages(0), Arming.WP))
+        assert calls(other) == [("arm", pages(0), Arming.WP)]
+        assert "left alone" in caplog.text
 
     def test_a_fork_under_way_is_seen_to_first_and_then_the_others_are_armed(self, world: World) -> None:
         forking, other = world.attach(), world.attach()

@@ -71,6 +71,7 @@ def test_what_a_user_has_counts_for_that_user_only(shares: Shares, world: World)
 @pytest.mark.parametrize(
     ("message", "files", "needs"),
     [
+        (protocol.MapFile(None, 1 << 21, 0, 3), 1, REGION + ATTACHMENT + 1),
         (CREATE, 2, REGION + ATTACHMENT + 2),
         (protocol.Fork(1, "y", 0), 0, REGION),
         (protocol.Snapshot((1, 1, 1)), 0, 3 * REGION),

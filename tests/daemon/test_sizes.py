@@ -31,13 +31,16 @@ class World:
     def regions(self) -> list[Any]:
         model = SimpleNamespace(name="x", ar=SimpleNamespace(size=SIZE))
         return [
-            SimpleNamespace(backing=Backing(fd, fd, fd, None), model=model, closed=fd == self.fds[0]) for fd in self.fds
+            SimpleNamespace(
+                backing=Backing(fd, fd, fd, None), model=model, closed=number == 0, shows_own_file=number == 3
+            )
+            for number, fd in enumerate(self.fds)
         ]
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    found = World(tmp_path, 3)
+    found = World(tmp_path, 4)
     yield found
     for fd in found.fds:
         os.close(fd)
@@ -52,12 +55,12 @@ def look_once(world: World) -> None:
 
 
 def test_what_has_grown_is_cut_off(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """And said, and nothing else is touched; files of regions that are gone least of all."""
+    """And said, and nothing else is touched; files of regions that are gone, and files of users, least of all."""
     os.pwrite(world.fds[1], b"inside", 100)
-    for fd in (world.fds[0], world.fds[1]):
+    for fd in (world.fds[0], world.fds[1], world.fds[3]):
         os.pwrite(fd, b"outside", 8 * SIZE)
     with caplog.at_level(logging.WARNING), contextlib.suppress(trio.TooSlowError):
         look_once(world)
-    assert [os.fstat(fd).st_size for fd in world.fds] == [8 * SIZE + 7, SIZE, SIZE]
+    assert [os.fstat(fd).st_size for fd in world.fds] == [8 * SIZE + 7, SIZE, SIZE, 8 * SIZE + 7]
     assert os.pread(world.fds[1], 6, 100) == b"inside"
     assert caplog.messages == ["region x: somebody wrote behind its end; cut off"]

@@ -57,3 +57,14 @@ def a_call_gives_what_is_expected_of_it(link: Connection, reply: protocol.Messag
     assert_type(link.call(protocol.Remove("name"), protocol.Done), protocol.Done)
     assert_type(reply_of(reply, protocol.Offer), protocol.Offer)
     link.call("remove", protocol.Done)  # type: ignore[arg-type]
+
+
+def a_file_is_mapped_by_its_descriptor(path: Path) -> None:
+    mapping = mshare.mmap(3, 2 << 20, addr=None, prot=1, flags=mshare.MAP_SHARED_PT | 1, offset=0, mount=path)
+    assert_type(mapping, mshare.FileMapping)
+    assert_type((mapping.address, mapping.size, mapping.shared), tuple[int, int, bool])
+    assert_type(mapping.why, str | None)
+    assert_type(mapping.buf, memoryview)
+    mapping.munmap(0, mapping.size)
+    mapping.mprotect("r")  # type: ignore[arg-type]
+    mshare.mmap(3, 2 << 20, 0x1000)  # type: ignore[call-arg]
