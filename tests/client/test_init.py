@@ -10,13 +10,17 @@ import types
 import mshare
 from msharefs import perms, protocol
 
-<<<<<<< HEAD
-FUNCTIONS = {"mshare", "mshare_unlink", "odfork", "remove", "set_odfork_default"}
-CLASSES = {"Arena", "Region", "RegionStat", "ShareableList", "SharedMemory", "SharedMemoryManager", "Vma"}
-=======
 FUNCTIONS = {"mmap", "mshare", "mshare_unlink", "odfork", "remove", "set_odfork_default"}
-CLASSES = {"FileMapping", "Region", "RegionStat", "ShareableList", "SharedMemory", "SharedMemoryManager", "Vma"}
->>>>>>> 7efab40 (Files can be shared without a name: mshare.mmap with MAP_SHARED_PT)
+CLASSES = {
+    "Arena",
+    "FileMapping",
+    "Region",
+    "RegionStat",
+    "ShareableList",
+    "SharedMemory",
+    "SharedMemoryManager",
+    "Vma",
+}
 FLAGS = {"MAP_SHARED_PT": 0x200000, "MAP_REFPAGE": 0x400000}
 LATER = {"refpage_create"}
 """Names that are fixed; those that exist are tested where they are."""
@@ -26,11 +30,7 @@ def test_all_of_it_is_there_once() -> None:
     names = set(mshare.__all__)
     assert names - LATER == FUNCTIONS | CLASSES | FLAGS.keys()
     assert [name for name in mshare.__all__ if not hasattr(mshare, name)] == []
-<<<<<<< HEAD
     assert len(mshare.__all__) == len(names)
-=======
-    assert mshare.__all__ == sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
->>>>>>> 7efab40 (Files can be shared without a name: mshare.mmap with MAP_SHARED_PT)
 
 
 def test_nothing_else_looks_as_if_it_were() -> None:
