@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,9 +13,17 @@ import pytest
 from conftest import Daemon
 
 ROOT = Path(__file__).resolve().parents[2]
+GUIDES = sorted(
+    str(path.relative_to(ROOT))
+    for place in ("docs/*.md", "docs/howto/*.md", "docs/reference/*.md", "docs/explanation/*.md")
+    for path in ROOT.glob(place)
+    if path.name not in ("operations.md", "protocol.md")  # These have tests of their own.
+)
 READMES = ["README.md", "msharefs/README.md"]
 PATIENCE = 30
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"# (\w+\.py)\n")
+"""What a block starts with that is a file, to be run by others."""
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -43,6 +52,42 @@ def test_python_of_a_readme_runs_and_prints_what_it_says(daemon: Daemon, documen
     for block in found:
         assert run(daemon.mount, sys.executable, "-c", block).splitlines() == expected_output(block)
     assert leftovers(daemon.mount) == []
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_block_of_a_guide_runs(daemon: Daemon, guide: str, tmp_path: Path) -> None:
+    """One after the other, in one directory, each in a process of its own; one that begins `# name.py` is that file.
+
+    What cannot be run here, as root of a real machine would, is marked as text. Nothing is left at the end.
+    """
+    if "unshare" in (ROOT / guide).read_text() and os.geteuid() != 0:
+        pytest.skip("namespaces are for root")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "MSHAREFS": str(daemon.mount), "PATH": path, "PYTHONPATH": str(tmp_path)}
+    for kind, text in _FENCE.findall((ROOT / guide).read_text()):
+        name = _FILE.match(text)
+        if kind == "python" and name:
+            (tmp_path / name[1]).write_text(text)
+        elif kind in ("python", "sh"):
+            command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euo", "pipefail", "-c", text]
+            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+            assert done.returncode == 0, f"{guide}: {text}\n{done.stdout}{done.stderr}"
+            if kind == "python":
+                assert done.stdout.splitlines() == expected_output(text)
+        else:
+            assert kind in ("text", "{eval-rst}"), f"{guide}: a block of {kind!r} is run by nobody"
+    assert leftovers(daemon.mount) == []
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """By the same command as scripts/docs."""
+    if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo", "sphinx_click")):
+        pytest.skip("Sphinx is not installed; scripts/setup installs it")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "SIGBUS" in (tmp_path / "reference" / "errors.html").read_text()
+    assert "populate" in (tmp_path / "reference" / "commands.html").read_text()
 
 
 def test_the_consumer_reads_what_the_dead_donor_wrote(daemon: Daemon) -> None:
@@ -104,7 +149,7 @@ def test_modules_named_in_the_readme_can_be_run() -> None:
         assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PATIENCE).returncode == 0, module
 
 
-@pytest.mark.parametrize("document", [*READMES, "CHANGELOG.md"])
+@pytest.mark.parametrize("document", [*READMES, *GUIDES, "CHANGELOG.md"])
 def test_files_a_document_links_to_exist(document: str) -> None:
     """Relative links lead somewhere."""
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())

@@ -157,11 +157,11 @@ def as_text(picture: Picture) -> Text:
     text = Text(f"{title(picture)}\n")
     for row in range(0, picture.rows, 2):
         text.append(f"{row * picture.columns * picture.heat.cell:#12x}  ", "dim")
-        for column in range(picture.columns):
-            above, below = picture.colour(row, column), picture.colour(row + 1, column)
-            if above is None:
-                break
-            text.append("▀", Style(color=_hex(above), bgcolor=_hex(below) if below else None))
+        pairs = [(picture.colour(row, column), picture.colour(row + 1, column)) for column in range(picture.columns)]
+        for (above, below), group in itertools.groupby(pairs):
+            if above is not None:
+                style = Style(color=_hex(above), bgcolor=_hex(below) if below else None)
+                text.append("▀" * sum(1 for _ in group), style)
         text.append("\n")
     text.append(" " * _LABEL)
     for what, colour, _ in _LEGEND:
