@@ -95,6 +95,11 @@ class AddrRange:
         """Whether both ends are multiples of ``to`` (a power of two)."""
         return (self.start | self.end) & (to - 1) == 0
 
+    def inner(self, to: int) -> AddrRange | None:
+        """The largest part of which both ends are multiples of ``to`` (a power of two), or None."""
+        start, end = round_up(self.start, to), round_down(self.end, to)
+        return AddrRange(Address(start), Address(end)) if start < end else None
+
     def moved(self, by: int) -> AddrRange:
         """The same range, ``by`` bytes further up."""
         return AddrRange(Address(self.start + by), Address(self.end + by))

@@ -70,4 +70,5 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start), vma)
     if frame is None:  # Else it came while the thread stopped, and relatives may refer to it by now.
         mm.enter(page, pte_flags(vma.prot))
+    mm.storable.note(page)
     return Resolution(ZeroFill(page, vma.reports_stores), vma)

@@ -8,6 +8,8 @@ moved that only a relative has, it is to be brought (``to_bring``). Whoever make
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import attrs
 
 from msharefs.addr import AddrRange
@@ -15,19 +17,35 @@ from msharefs.effects import Arm, Change, Copy, Protect
 from msharefs.frames import store_of
 from msharefs.host_mm import HostMm
 from msharefs.perms import Prot
+from msharefs.pte import PteFlag
 from msharefs.vma import Arming, FaultCount
 
 
 def shield(mm: HostMm) -> list[Change]:
-    """Have every store seen from now on that does not go to a file: the effects."""
-    before = mm.rule.over(mm.vmas, mm.ar)
-    mm.rule = attrs.evolve(mm.rule, forked=mm.rule.forked | Arming.WP)
-    effects = mm.rule.rearm(mm.vmas, mm.ar, before, [])
+    """Have every store seen from now on that does not go to a file: the effects.
+
+    Where that was so already, only what may be stored to since is protected again: cost follows that, not the region.
+    """
+    effects: list[Change] = []
+    if not mm.rule.forked & Arming.WP:
+        before = mm.rule.over(mm.vmas, mm.ar)
+        mm.rule = attrs.evolve(mm.rule, forked=mm.rule.forked | Arming.WP)
+        effects = mm.rule.rearm(mm.vmas, mm.ar, before, [])
     armed = {effect.ar for effect in effects if isinstance(effect, Arm)}
-    for vma in mm.vmas:
-        if vma.prot & Prot.WRITE and not vma.reaches_file and not any(ar.covers(vma.ar) for ar in armed):
-            effects.append(Protect(vma.ar))  # It was armed before, and stores have been allowed since.
+    for part in _stores(mm, mm.storable.parts(mm.ar)):
+        mm.table.change_flags(part, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
+        if not any(ar.covers(part) for ar in armed):
+            effects.append(Protect(part))  # It was armed before, and stores have been allowed since.
+    mm.storable.clear()
     return effects
+
+
+def _stores(mm: HostMm, parts: Iterable[AddrRange]) -> Iterator[AddrRange]:
+    """Where in some parts somebody may store to what is no file's."""
+    for part in parts:
+        for vma in mm.vmas.overlapping(part):
+            if vma.prot & Prot.WRITE and not vma.reaches_file:
+                yield vma.clipped(part).ar
 
 
 def fork(mm: HostMm) -> HostMm:
@@ -46,7 +64,7 @@ def fork(mm: HostMm) -> HostMm:
         lineage=mm.lineage,
     )
     twin.rule = attrs.evolve(mm.rule, forked=Arming.MISSING)
-    twin.table = mm.table.fork()
+    twin.table = mm.table.fork(mm.storable.parts(mm.ar))
     twin.borrowed = {*mm.borrowed, mm.store}
     for vma in mm.vmas:
         twin.vmas.insert(attrs.evolve(vma, count=FaultCount()))

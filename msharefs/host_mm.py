@@ -15,7 +15,7 @@ from msharefs.addr import (
     FrameNo,
     united,
 )
-from msharefs.armings import ArmingRule
+from msharefs.armings import ArmingRule, cut
 from msharefs.effects import Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
 from msharefs.errors import (
     AccessDeniedError,
@@ -29,8 +29,9 @@ from msharefs.frames import StoreNo, frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Advice, Prot
-from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag, pte_flags
+from msharefs.pte import Pte, PteFlag, pte_flags
 from msharefs.rules import check_end, check_prot, check_store
+from msharefs.storable import Storable
 from msharefs.vma import Arming, FileId, FileSource, Vma
 from msharefs.vma_set import VmaSet
 
@@ -75,6 +76,7 @@ class HostMm:
         self.store = self.lineage.add(self)
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
+        self.storable = Storable(ar.size // page)
 
     @property
     def granule(self) -> int:
@@ -120,6 +122,7 @@ class HostMm:
         if self.vmas.remove(place):
             self.table.clear_range(place)
             moves.append(Punch(place))
+            self.storable.note(place)
         self.vmas.insert(new)
         return place, self.rule.rearm(self.vmas, place, before, moves)
 
@@ -129,6 +132,7 @@ class HostMm:
         self._check_count()
         before = self.rule.around(self.vmas, ar)
         moves = [*self.write_back(ar), Punch(ar)]
+        self.storable.note(ar)
         self.vmas.remove(ar)
         self.table.clear_range(ar)
         return self.rule.rearm(self.vmas, ar, before, moves)
@@ -164,6 +168,7 @@ class HostMm:
         if any(vma.source for vma in vmas):
             raise NotSupportedError("MADV_REMOVE of a file's mapping: punch the file instead")
         self.table.clear_range(ar)
+        self.storable.note(ar)
         return [Punch(ar)]
 
     def madvise_reading(self, ar: AddrRange, advice: Advice) -> None:
@@ -207,6 +212,7 @@ class HostMm:
         vma = self.vmas.find(ar.start)
         assert vma is not None
         self.enter(ar, _clean_flags(vma))
+        self.storable.note(ar)
 
     def missed(self, page: AddrRange) -> None:
         """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
@@ -220,6 +226,7 @@ class HostMm:
     def stored_to(self, page: AddrRange) -> None:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
         vma = self.vmas.find(page.start)
+        self.storable.note(page)
         if vma is not None and vma.tracks_stores:
             self.enter(page, pte_flags(vma.prot) | PteFlag.DIRTY)
         elif vma is not None and self.rule.forked and self.table.frame_at(page.start) == self.frame_at(page.start):
@@ -281,13 +288,13 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             if not vma.prot & PROT_RW:
                 continue
-            flags = _clean_flags(vma)
-            for piece in vma.clipped(ar).ar.pieces(PMD_SIZE):
-                frame = self.frame_at(piece.start)
-                if huge and piece.size == PMD_SIZE and frame % FRAMES_IN_PMD == 0:
-                    self.table.set(piece.start, Pte(frame, flags | PteFlag.HUGE))
-                else:
-                    self.table.set_range(piece, frame, flags)
+            shielded = self.rule.forked & Arming.WP and not vma.reaches_file
+            flags = pte_flags(Prot.READ) if shielded else _clean_flags(vma)
+            part = vma.clipped(ar).ar
+            whole = part.inner(PMD_SIZE) if huge and self.ar.start % PMD_SIZE == 0 else None
+            for piece in cut(part, [whole.start, whole.end] if whole else []):
+                put = self.table.set_huge if piece == whole else self.table.set_range
+                put(piece, self.frame_at(piece.start), flags)
 
     def _protect(self, ar: AddrRange) -> list[Change]:
         """Where forks have stores reported, and some were allowed since: have them reported again.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from msharefs.addr import PAGE_SHIFT, PMD_SIZE, AddrRange
 from msharefs.errors import InternalError
 from msharefs.frames import index_of, store_of
@@ -11,7 +9,7 @@ from msharefs.host_mm import HostMm
 from msharefs.lineage import Lineage
 from msharefs.perms import PROT_RW, Prot
 from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag
-from msharefs.tables import Leaf
+from msharefs.tables import hanging
 from msharefs.vma import Arming, Vma
 
 
@@ -31,9 +29,8 @@ def check_mm(mm: HostMm) -> None:
 def check_lineage(lineage: Lineage) -> None:
     """Raise InternalError with the first thing that is wrong between the members.
 
-    Leaf tables: as many references as recounted. Of whose page others refer to, stores are reported, and it has the
-    page still; and nobody may store to a page of another's, or that another refers to, except where the entry is that
-    of a leaf table which is shared, and is protected when that is broken.
+    Tables: as many references as recounted. Of whose page others refer to, stores are reported, and it has the page
+    still; and nobody may store to a page of another's, that another refers to, or in a table that is shared.
     """
     _check_references(lineage)
     for number, mm in lineage.members.items():
@@ -41,6 +38,8 @@ def check_lineage(lineage: Lineage) -> None:
             raise InternalError(f"the member of store {number} is that of store {mm.store}")
         for run, pte in mm.table.runs(mm.ar):
             owner = store_of(pte.frame)
+            if pte.flags & PteFlag.WRITE and mm.table.shared_at(run.start):
+                raise InternalError(f"pages {run} are writable in store {mm.store}, in a table that others share")
             if owner == mm.store:
                 continue
             if owner not in mm.borrowed:
@@ -51,12 +50,9 @@ def check_lineage(lineage: Lineage) -> None:
 
 
 def _check_references(lineage: Lineage) -> None:
-    found: Counter[Leaf] = Counter()
-    for mm in lineage.members.values():
-        found.update(mm.table.leaves())
-    for leaf, refs in found.items():
-        if leaf.refs != refs:
-            raise InternalError(f"a leaf table counts {leaf.refs} references and hangs in {refs} page tables")
+    for table, refs in hanging(mm.table.top for mm in lineage.members.values()).items():
+        if table.refs != refs:
+            raise InternalError(f"a table of level {table.level} counts {table.refs} references and hangs in {refs}")
 
 
 def _check_owner(owner: HostMm, run: AddrRange, other: HostMm) -> None:
@@ -70,9 +66,9 @@ def _check_owner(owner: HostMm, run: AddrRange, other: HostMm) -> None:
 
 
 def _check_protected(mm: HostMm, ar: AddrRange) -> None:
-    """No page in ``ar`` may be stored to, as far as its table is not shared."""
+    """No page in ``ar`` may be stored to."""
     for run, pte in mm.table.runs(ar):
-        if pte.flags & PteFlag.WRITE and not mm.table.shared_at(run.start):
+        if pte.flags & PteFlag.WRITE:
             raise InternalError(f"pages {run} are writable in store {mm.store}, and shared with relatives")
 
 

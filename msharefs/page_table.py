@@ -9,15 +9,14 @@ so only at munmap). A leaf table is one array of 512 words, encoded as the proce
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
-
-import attrs
 
 from msharefs.addr import (
     PAGE_SHIFT,
     PAGE_SIZE,
     PMD_SIZE,
+    PUD_SIZE,
     TABLE_ENTRIES,
     Address,
     AddrRange,
@@ -26,13 +25,29 @@ from msharefs.addr import (
 )
 from msharefs.errors import InternalError, InvalidArgumentError
 from msharefs.pte import FRAMES_IN_PMD, HUGE, NO_FLAGS, PRESENT, Pte, PteFlag
-from msharefs.tables import Directory, Leaf, entry_index, entry_span, forked, is_full_of_leaves, leaf_runs, leaves
+from msharefs.tables import (
+    Directory,
+    Leaf,
+    counted,
+    drop,
+    entry_index,
+    entry_span,
+    leaves,
+    pieces,
+    present,
+    runs,
+)
 
 LEVEL_NAMES = {4: ("pte", "pmd", "pud", "pgd"), 5: ("pte", "pmd", "pud", "p4d", "pgd")}
 """Names of the levels, lowest first, for tables of 4 and of 5 levels."""
 
 _MOST_RECENT: Final = 4096
 """Leaf tables that one looks up without a walk; 8 GiB."""
+
+
+def _protects(add: PteFlag, less: PteFlag) -> bool:
+    """Whether flags change as they have done already where tables are shared."""
+    return less == PteFlag.WRITE and add == PteFlag.UFFD_WP
 
 
 class PageTable:
@@ -46,7 +61,7 @@ class PageTable:
         if levels not in LEVEL_NAMES:
             raise InvalidArgumentError(f"page tables have 4 or 5 levels, not {levels}")
         self.levels = levels
-        self._top = Directory(levels - 1)
+        self.top = Directory(levels - 1)
         self.tables = [0] * (levels - 1) + [1]
         """How many tables exist a level, lowest first."""
         self.pages = 0
@@ -70,7 +85,7 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self._top)
+        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self.top)
         while isinstance(table, Directory):
             below = table.entries.get(entry_index(addr, table.level))
             if below is None:
@@ -110,13 +125,23 @@ class PageTable:
             last = first + piece.size // PAGE_SIZE
             self._put(piece.start, array("Q", range(first << PAGE_SHIFT | low, last << PAGE_SHIFT | low, PAGE_SIZE)))
 
+    def set_huge(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
+        """Install consecutive frames over ``ar`` in 2 MiB leaves. Preconditions: as for ``set``; nothing is there."""
+        for piece in ar.pieces(PUD_SIZE):
+            first, count = entry_index(piece.start, 1), piece.size // PMD_SIZE
+            word = Pte(FrameNo(frame + (piece.start - ar.start) // PAGE_SIZE), flags | PteFlag.HUGE).pack()
+            words = range(word, word + piece.size, PMD_SIZE)
+            self._pmd(piece.start).entries.update(zip(range(first, first + count), words, strict=True))
+            self.huge_pages += count
+            self.changes += 1
+
     def clear_range(self, ar: AddrRange) -> None:
         """Take every page in ``ar`` out (compare mm/memory.c:unmap_page_range).
 
         A 2 MiB leaf that sticks out is split into 4 KiB pages first; tables left empty are freed.
         """
         before = self.resident
-        self._clear(self._top, ar)
+        self._clear(self._own_top(), ar)
         self.changes += self.resident != before
 
     def change_flags(self, ar: AddrRange, *, add: PteFlag = NO_FLAGS, drop: PteFlag = NO_FLAGS) -> None:
@@ -124,42 +149,48 @@ class PageTable:
 
         A 2 MiB leaf that sticks out is split first. Preconditions: PRESENT and HUGE are not among them.
         """
-        self._change(self._top, ar, int(add), ~int(drop))
+        if not (self.top.refs > 1 and _protects(add, drop)):
+            self._change(self._own_top(), ar, add, drop)
 
-    def fork(self) -> PageTable:
+    def fork(self, written: Iterable[AddrRange] | None = None) -> PageTable:
         """The same entries in tables of another mm (compare dup_mmap and COW PTE's copy_cow_pte_range).
 
-        Leaf tables are shared, at the cost of a reference each; a 2 MiB leaf is an entry of both, protected.
+        All tables are shared, from the top, until one of the two changes what is below. ``written`` is where entries
+        may be writable, by default everywhere: these are protected first, since what is shared is written by nobody.
         """
+        for ar in [AddrRange.sized(0, entry_span(self.levels))] if written is None else written:
+            self.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         self._recent.clear()
         twin = PageTable(self.levels)
-        twin._top = forked(self._top)
+        twin.top = self.top
+        self.top.refs += 1
         twin.tables, twin.pages, twin.huge_pages = list(self.tables), self.pages, self.huge_pages
         return twin
 
     def release(self) -> None:
-        """Drop all entries; leaf tables that others share stay theirs (compare free_pgtables)."""
-        for leaf in leaves(self._top):
-            leaf.dropped()
-        self._top.entries.clear()
+        """Drop all entries; tables that others share stay theirs (compare free_pgtables)."""
+        drop(self.top)
+        self.top = Directory(self.levels - 1)
         self._recent.clear()
         self.tables = [0] * (self.levels - 1) + [1]
         self.pages = self.huge_pages = 0
 
     def own(self, addr: Address) -> None:
-        """Share the leaf table of ``addr``, if there is one, with nobody (compare break_cow_pte).
+        """Share the tables on the way to ``addr``, as far as there are any, with nobody (compare break_cow_pte).
 
-        The sole owner keeps it as it is.
+        The sole owner keeps them as they are.
         """
         if self.shared_at(addr):
-            self._leaf(addr)
+            table: Directory | Leaf | int | None = self._own_top()
+            while isinstance(table, Directory):
+                table = table.owned(entry_index(addr, table.level))
 
     def shared_at(self, addr: Address) -> bool:
-        """Whether others share the leaf table of ``addr``, if there is one."""
-        table: Directory | Leaf | int | None = self._top
-        while isinstance(table, Directory):
+        """Whether others share a table on the way to ``addr``."""
+        table: Directory | Leaf | int | None = self.top
+        while isinstance(table, Directory) and table.refs == 1:
             table = table.entries.get(entry_index(addr, table.level))
-        return isinstance(table, Leaf) and table.refs > 1
+        return isinstance(table, Directory | Leaf) and table.refs > 1
 
     def frame_at(self, addr: Address) -> FrameNo | None:
         """The frame of the 4 KiB at ``addr``, or None."""
@@ -169,13 +200,19 @@ class PageTable:
         return FrameNo(pte.frame + (addr % PMD_SIZE >> PAGE_SHIFT)) if pte.is_huge else pte.frame
 
     def reassign(self, ar: AddrRange, frame: FrameNo) -> None:
-        """Have the pages of ``ar`` lie in consecutive other frames, in all page tables that share the leaf table.
+        """Have the pages of ``ar`` lie in consecutive other frames, in all page tables that share the entries.
 
-        Preconditions: all are installed, in one leaf table or 2 MiB leaf; one that sticks out is split first.
+        Preconditions: all are installed, in one leaf table or 2 MiB leaf; one that sticks out is split first, in this
+        page table alone.
         """
-        entry = self._pmd(ar.start).entries[entry_index(ar.start, 1)]
+        pmd = self.top
+        while pmd.level > 1:
+            below = pmd.entries[entry_index(ar.start, pmd.level)]
+            assert isinstance(below, Directory)
+            pmd = below
+        entry = pmd.entries[entry_index(ar.start, 1)]
         if isinstance(entry, int) and ar.size == PMD_SIZE:
-            self._pmd(ar.start).entries[entry_index(ar.start, 1)] = frame << PAGE_SHIFT | entry & (PAGE_SIZE - 1)
+            pmd.entries[entry_index(ar.start, 1)] = frame << PAGE_SHIFT | entry & (PAGE_SIZE - 1)
             return
         leaf = entry if isinstance(entry, Leaf) else self._leaf(ar.start)
         first = entry_index(ar.start, 0)
@@ -185,18 +222,18 @@ class PageTable:
 
     def shared_tables(self) -> int:
         """How many leaf tables others share."""
-        return sum(leaf.refs > 1 for leaf in self.leaves())
+        return sum(shared for _, shared in leaves(self.top, shared=self.top.refs > 1))
 
     def leaves(self) -> Iterator[Leaf]:
         """All leaf tables."""
-        return leaves(self._top)
+        return (leaf for leaf, _ in leaves(self.top))
 
     def runs(self, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
         """What is installed in ``ar``, in order: ranges of consecutive frames with equal flags, and their first page.
 
         A 2 MiB leaf is a run of its own, cut to ``ar``.
         """
-        return self._runs(self._top, ar)
+        return runs(self.top, ar)
 
     def holes(self, ar: AddrRange) -> list[AddrRange]:
         """The parts of ``ar`` in which nothing is installed, in order."""
@@ -213,7 +250,7 @@ class PageTable:
 
     def present(self, ar: AddrRange) -> list[AddrRange]:
         """The parts of ``ar`` in which something is installed, in order; neighbours as one."""
-        return united(self._present(self._top, ar))
+        return united(present(self.top, ar))
 
     def tables_by_name(self) -> dict[str, int]:
         """How many tables exist, by the name of their level, top first."""
@@ -221,31 +258,22 @@ class PageTable:
 
     def recount(self) -> tuple[list[int], int, int]:
         """Tables a level, pages and 2 MiB leaves, counted anew; InternalError for an empty table."""
-        tables, pages, huge = [0] * self.levels, 0, 0
-        todo: list[Directory | Leaf] = [self._top]
-        while todo:
-            table = todo.pop()
-            tables[table.level] += 1
-            if isinstance(table, Leaf):
-                used = TABLE_ENTRIES - table.words.count(0)
-                if used != table.used or not used:
-                    raise InternalError(f"leaf table counts {table.used} entries and holds {used}")
-                pages += used
-                continue
-            if not table.entries and table is not self._top:
-                raise InternalError(f"empty table on level {table.level}")
-            huge += sum(isinstance(entry, int) for entry in table.entries.values())
-            todo += [entry for entry in table.entries.values() if not isinstance(entry, int)]
-        return tables, pages, huge
+        return counted(self.top, self.levels)
+
+    def _own_top(self) -> Directory:
+        """The top table, shared with nobody."""
+        if self.top.refs > 1:
+            self.top = self.top.broken()
+        return self.top
 
     def _pmd(self, addr: Address) -> Directory:
-        """The level-1 table for ``addr``, made when it is not there (compare pmd_alloc)."""
-        table = self._top
+        """The level-1 table for ``addr``, made when it is not there, shared with nobody (compare pmd_alloc)."""
+        table = self._own_top()
         while table.level > 1:
-            below = table.entries.get(entry_index(addr, table.level))
+            index = entry_index(addr, table.level)
+            below = table.owned(index)
             if below is None:
-                below = Directory(table.level - 1)
-                table.entries[entry_index(addr, table.level)] = below
+                below = table.entries[index] = Directory(table.level - 1)
                 self.tables[below.level] += 1
             if not isinstance(below, Directory):
                 raise InternalError(f"no directory on level {table.level - 1} at {addr:#x}")
@@ -258,17 +286,13 @@ class PageTable:
         if known is not None:
             return known
         pmd = self._pmd(addr)
-        below = pmd.entries.get(entry_index(addr, 1))
+        below = pmd.owned(entry_index(addr, 1))
         if isinstance(below, Leaf):
-            if below.refs > 1:
-                below = pmd.entries[entry_index(addr, 1)] = below.broken()
             return self._remember(addr, below)
-        leaf = Leaf()
+        leaf = Leaf.split(below & ~HUGE) if isinstance(below, int) else Leaf()
         pmd.entries[entry_index(addr, 1)] = leaf
         self.tables[0] += 1
-        if isinstance(below, int):
-            first = below & ~int(PteFlag.HUGE)
-            leaf.put(0, array("Q", range(first, first + PMD_SIZE, PAGE_SIZE)))
+        if below is not None:
             self.huge_pages -= 1
             self.pages += TABLE_ENTRIES
         return self._remember(addr, leaf)
@@ -294,84 +318,47 @@ class PageTable:
         self.changes += more
 
     def _clear(self, table: Directory, ar: AddrRange) -> None:
-        """Take the pages in ``ar`` out of the tables below ``table``."""
-        for piece in self._pieces(table, ar):
+        """Take the pages in ``ar`` out of the tables below ``table``. Preconditions: that is shared with nobody."""
+        for piece in pieces(table, ar):
             index = entry_index(piece.start, table.level)
-            below = table.entries[index]
-            if isinstance(below, int):
-                if piece.size == PMD_SIZE:
-                    del table.entries[index]
-                    self.huge_pages -= 1
-                    continue
-                below = self._leaf(piece.start)
+            if piece.size == entry_span(table.level):
+                self._take_out(table, index)
+                continue
+            below = self._leaf(piece.start) if table.level == 1 else table.owned(index)
             if isinstance(below, Directory):
                 self._clear(below, piece)
                 empty = not below.entries
-            elif piece.size == PMD_SIZE:
-                self.pages -= below.used
-                below.dropped()
-                empty = True
             else:
-                below = self._leaf(piece.start)
                 self._put(piece.start, array("Q", bytes(8 * (piece.size // PAGE_SIZE))))
-                empty = not below.used
+                empty = isinstance(below, Leaf) and not below.used
             if empty:
-                self._recent.clear()
-                del table.entries[index]
-                self.tables[below.level] -= 1
+                self._take_out(table, index)
 
-    def _change(self, table: Directory, ar: AddrRange, add: int, keep: int) -> None:
-        """Set and clear bits of the pages in ``ar`` below ``table``."""
-        for piece in self._pieces(table, ar):
+    def _take_out(self, table: Directory, index: int) -> None:
+        """Remove an entry, with all that is below."""
+        below = table.entries.pop(index)
+        self._recent.clear()
+        if isinstance(below, int):
+            self.huge_pages -= 1
+            return
+        tables, pages, huge = counted(below, self.levels)
+        self.tables = [have - less for have, less in zip(self.tables, tables, strict=True)]
+        self.pages -= pages
+        self.huge_pages -= huge
+        drop(below)
+
+    def _change(self, table: Directory, ar: AddrRange, add: PteFlag, less: PteFlag) -> None:
+        """Set and clear flags of the pages in ``ar`` below ``table``, which is shared with nobody."""
+        for piece in pieces(table, ar):
             index = entry_index(piece.start, table.level)
             below = table.entries[index]
-            if isinstance(below, int):
-                if piece.size == PMD_SIZE:
-                    table.entries[index] = (below | add) & keep
-                    continue
-                below = self._leaf(piece.start)
-            if isinstance(below, Directory):
-                self._change(below, piece, add, keep)
-            else:
-                below = self._leaf(piece.start)
-                first = entry_index(piece.start, 0)
-                part = slice(first, first + piece.size // PAGE_SIZE)
-                below.words[part] = array("Q", [(word | add) & keep if word else 0 for word in below.words[part]])
-
-    def _pieces(self, table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
-        """``ar`` cut to the entries that ``table`` has, in order; cost follows the entries, not the range."""
-        span = entry_span(table.level)
-        base = ar.start & ~(span * TABLE_ENTRIES - 1)
-        wanted = range((ar.start - base) // span, (ar.end - 1 - base) // span + 1)
-        held = table.entries
-        for index in [i for i in wanted if i in held] if len(wanted) < len(held) else sorted(held):
-            piece = AddrRange.sized(base + index * span, span).intersect(ar)
-            if piece is not None:
-                yield piece
-
-    def _present(self, table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
-        """Where something is installed in ``ar`` below ``table``, in order; full tables are not looked into."""
-        if is_full_of_leaves(table):
-            yield ar
-            return
-        for piece in self._pieces(table, ar):
-            below = table.entries[entry_index(piece.start, table.level)]
-            if isinstance(below, Directory):
-                yield from self._present(below, piece)
-            elif isinstance(below, Leaf) and below.used < TABLE_ENTRIES:
-                yield from (run for run, _ in leaf_runs(below, piece))
-            else:
-                yield piece
-
-    def _runs(self, table: Directory, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
-        """The runs of ``ar`` below ``table``."""
-        for piece in self._pieces(table, ar):
-            below = table.entries[entry_index(piece.start, table.level)]
-            if isinstance(below, Directory):
-                yield from self._runs(below, piece)
-            elif isinstance(below, Leaf):
-                yield from leaf_runs(below, piece)
-            else:
-                pte = Pte.unpack(below)
-                skipped = (piece.start % PMD_SIZE) // PAGE_SIZE
-                yield piece, attrs.evolve(pte, frame=FrameNo(pte.frame + skipped))
+            if isinstance(below, int) and piece.size == PMD_SIZE:
+                table.entries[index] = (below | int(add)) & ~int(less)
+                continue
+            if not isinstance(below, int) and below.refs > 1 and _protects(add, less):
+                continue
+            inside = self._leaf(piece.start) if table.level == 1 else table.owned(index)
+            if isinstance(inside, Directory):
+                self._change(inside, piece, add, less)
+            elif isinstance(inside, Leaf):
+                inside.change(entry_index(piece.start, 0), piece.size // PAGE_SIZE, int(add), int(less))

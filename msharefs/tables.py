@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Final
 
-from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TABLE_ENTRIES, TABLE_SHIFT, AddrRange
-from msharefs.pte import PRESENT, Pte, PteFlag
+import attrs
 
-_WRITE: Final = int(PteFlag.WRITE)
-_UFFD_WP: Final = int(PteFlag.UFFD_WP)
+from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TABLE_ENTRIES, TABLE_SHIFT, AddrRange, FrameNo
+from msharefs.errors import InternalError
+from msharefs.pte import PRESENT, Pte
+
 _EACH: Final = int.from_bytes(array("Q", [1] * TABLE_ENTRIES).tobytes(), sys.byteorder)
 """1 in every word of a table, read as one number."""
+_FRAMES: Final = int.from_bytes(array("Q", range(0, PMD_SIZE, PAGE_SIZE)).tobytes(), sys.byteorder)
+"""The frames of 2 MiB, one in every word of a table."""
 
 
 class Leaf:
-    """A table of PTEs; ``refs`` is in how many page tables it hangs (compare the refcount of a COW PTE table).
+    """A table of PTEs; ``refs`` is in how many tables, or page tables, it hangs (compare the refcount in COW PTE).
 
-    While it is shared, nobody may store to its pages, whatever the words say.
+    What hangs in several, or below a table that does, is shared, and no page of it may be stored to.
     """
 
     __slots__ = ("refs", "used", "words")
@@ -30,26 +34,21 @@ class Leaf:
         self.used = 0
         self.refs = 1
 
+    @classmethod
+    def split(cls, word: int) -> Leaf:
+        """What a 2 MiB leaf maps, in small pages; ``word`` is the first one's entry."""
+        leaf = cls()
+        words = _EACH * word + _FRAMES
+        leaf.words = array("Q", words.to_bytes(8 * TABLE_ENTRIES, sys.byteorder))
+        leaf.used = TABLE_ENTRIES
+        return leaf
+
     def broken(self) -> Leaf:
-        """A duplicate for one of those that share it; the pages of both are protected from now on."""
+        """A duplicate for one of those that share it."""
         own = Leaf()
-        self.protect()
         own.words, own.used = self.words[:], self.used
         self.refs -= 1
         return own
-
-    def dropped(self) -> None:
-        """Hang in one page table less; the last one has its pages protected from now on."""
-        self.refs -= 1
-        if self.refs == 1:
-            self.protect()
-
-    def protect(self) -> None:
-        """``protected`` for all words at once."""
-        words = int.from_bytes(self.words.tobytes(), sys.byteorder)
-        present = words & _EACH * PRESENT
-        words = words & ~(_EACH * _WRITE) | present * _UFFD_WP
-        self.words = array("Q", words.to_bytes(8 * TABLE_ENTRIES, sys.byteorder))
 
     def put_one(self, index: int, word: int) -> int:
         """Store one word, which is not 0; how many more are in use now."""
@@ -64,20 +63,84 @@ class Leaf:
         self.used += self.words[part].count(0) - words.count(0)
         self.words[part] = words
 
-
-def protected(word: int) -> int:
-    """An entry, such that the first store is seen."""
-    return word & ~_WRITE | _UFFD_WP if word else 0
+    def change(self, first: int, count: int, add: int, less: int) -> None:
+        """Set and clear bits of words that are in use, ``count`` of them from entry ``first``."""
+        part = slice(first, first + count)
+        words = int.from_bytes(self.words[part].tobytes(), sys.byteorder)
+        each = _EACH >> 64 * (TABLE_ENTRIES - count)
+        words = (words | (words & each * PRESENT) * add) & ~(each * less)
+        self.words[part] = array("Q", words.to_bytes(8 * count, sys.byteorder))
 
 
 class Directory:
-    """A table of tables; on level 1 its entries may be 2 MiB leaves (ints) instead."""
+    """A table of tables; on level 1 its entries may be 2 MiB leaves (ints) instead. ``refs``: as of a leaf table."""
 
-    __slots__ = ("entries", "level")
+    __slots__ = ("entries", "level", "refs")
 
     def __init__(self, level: int) -> None:
         self.level = level
         self.entries: dict[int, Directory | Leaf | int] = {}
+        self.refs = 1
+
+    def broken(self) -> Directory:
+        """A duplicate for one of those that share it; they share what is below instead."""
+        own = Directory(self.level)
+        own.entries = self.entries.copy()
+        for below in own.entries.values():
+            if not isinstance(below, int):
+                below.refs += 1
+        self.refs -= 1
+        return own
+
+    def owned(self, index: int) -> Directory | Leaf | int | None:
+        """The entry, which is shared with nobody from now on. Preconditions: nor is this table."""
+        below = self.entries.get(index)
+        if isinstance(below, Directory | Leaf) and below.refs > 1:
+            below = self.entries[index] = below.broken()
+        return below
+
+
+def drop(table: Directory | Leaf) -> None:
+    """Let a table hang in one place less; one that hangs nowhere lets go of what is below."""
+    table.refs -= 1
+    if not table.refs and isinstance(table, Directory):
+        for below in table.entries.values():
+            if not isinstance(below, int):
+                drop(below)
+
+
+def counted(table: Directory | Leaf, levels: int) -> tuple[list[int], int, int]:
+    """A table and all below: tables a level, pages and 2 MiB leaves. Raises InternalError for an empty table."""
+    tables, pages, huge = [0] * levels, 0, 0
+    todo = [table]
+    while todo:
+        each = todo.pop()
+        tables[each.level] += 1
+        if isinstance(each, Leaf):
+            used = TABLE_ENTRIES - each.words.count(0)
+            if used != each.used:
+                raise InternalError(f"leaf table counts {each.used} entries and holds {used}")
+            pages += used
+            continue
+        below = [entry for entry in each.entries.values() if not isinstance(entry, int)]
+        for entry in below:
+            if not (entry.used if isinstance(entry, Leaf) else entry.entries):
+                raise InternalError(f"empty table on level {entry.level}")
+        huge += len(each.entries) - len(below)
+        todo += below
+    return tables, pages, huge
+
+
+def hanging(tops: Iterable[Directory]) -> Counter[Directory | Leaf]:
+    """In how many places each table hangs, of those that can be reached from some top tables."""
+    found: Counter[Directory | Leaf] = Counter()
+    todo: list[Directory | Leaf] = list(tops)
+    while todo:
+        table = todo.pop()
+        found[table] += 1
+        if isinstance(table, Directory) and found[table] == 1:
+            todo += [below for below in table.entries.values() if not isinstance(below, int)]
+    return found
 
 
 def entry_span(level: int) -> int:
@@ -90,32 +153,18 @@ def entry_index(addr: int, level: int) -> int:
     return (addr >> (PAGE_SHIFT + TABLE_SHIFT * level)) & (TABLE_ENTRIES - 1)
 
 
-def forked(table: Directory) -> Directory:
-    """A copy of the tables down to the leaf tables, which it shares."""
-    twin = Directory(table.level)
-    for index, below in table.entries.items():
-        if isinstance(below, Directory):
-            twin.entries[index] = forked(below)
-        elif isinstance(below, Leaf):
-            below.refs += 1
-            twin.entries[index] = below
-        else:
-            twin.entries[index] = table.entries[index] = protected(below)
-    return twin
-
-
 def is_full_of_leaves(table: Directory) -> bool:
     """Whether each entry is a 2 MiB leaf."""
     return len(table.entries) == TABLE_ENTRIES and all(isinstance(entry, int) for entry in table.entries.values())
 
 
-def leaves(table: Directory) -> Iterator[Leaf]:
-    """All leaf tables below a table."""
+def leaves(table: Directory, *, shared: bool = False) -> Iterator[tuple[Leaf, bool]]:
+    """All leaf tables below a table, and whether each is shared; ``shared``: the table is."""
     for below in table.entries.values():
         if isinstance(below, Directory):
-            yield from leaves(below)
+            yield from leaves(below, shared=shared or below.refs > 1)
         elif isinstance(below, Leaf):
-            yield below
+            yield below, shared or below.refs > 1
 
 
 def leaf_runs(leaf: Leaf, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
@@ -130,3 +179,44 @@ def leaf_runs(leaf: Leaf, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
             start = ar.start & ~(PMD_SIZE - 1) | first * PAGE_SIZE
             yield AddrRange.sized(start, (end - first) * PAGE_SIZE), Pte.unpack(word)
         first = end
+
+
+def pieces(table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
+    """``ar`` cut to the entries that ``table`` has, in order; cost follows the entries, not the range."""
+    span = entry_span(table.level)
+    base = ar.start & ~(span * TABLE_ENTRIES - 1)
+    wanted = range((ar.start - base) // span, (ar.end - 1 - base) // span + 1)
+    held = table.entries
+    for index in [i for i in wanted if i in held] if len(wanted) < len(held) else sorted(held):
+        piece = AddrRange.sized(base + index * span, span).intersect(ar)
+        if piece is not None:
+            yield piece
+
+
+def present(table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
+    """Where something is installed in ``ar`` below ``table``, in order; full tables are not looked into."""
+    if is_full_of_leaves(table):
+        yield ar
+        return
+    for piece in pieces(table, ar):
+        below = table.entries[entry_index(piece.start, table.level)]
+        if isinstance(below, Directory):
+            yield from present(below, piece)
+        elif isinstance(below, Leaf) and below.used < TABLE_ENTRIES:
+            yield from (run for run, _ in leaf_runs(below, piece))
+        else:
+            yield piece
+
+
+def runs(table: Directory, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
+    """The runs of ``ar`` below ``table``."""
+    for piece in pieces(table, ar):
+        below = table.entries[entry_index(piece.start, table.level)]
+        if isinstance(below, Directory):
+            yield from runs(below, piece)
+        elif isinstance(below, Leaf):
+            yield from leaf_runs(below, piece)
+        else:
+            pte = Pte.unpack(below)
+            skipped = (piece.start % PMD_SIZE) // PAGE_SIZE
+            yield piece, attrs.evolve(pte, frame=FrameNo(pte.frame + skipped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -134,6 +135,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
     if device is None or device.fstype != FSTYPE:
         raise StartError(f"{config.mount} was unmounted while starting")
     server = control.ControlServer(service, config.mount, device.device)
+    gc.freeze()  # What is there by now stays: no collection need look at it, which would take milliseconds.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
         nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]

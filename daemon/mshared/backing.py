@@ -219,8 +219,8 @@ class MountedStore(BackingStore):
 
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
         spare = self._spares.pop(kind, None) or self._open(kind)
-        path = self._root / kind / str(region)
         assert spare.path is not None
+        path = spare.path.parent / str(region)
         try:
             os.ftruncate(spare.fd, size)
             mounts.rename_new(spare.path, path)

@@ -23,5 +23,6 @@ def read_kernel(fd: int, region: LiveRegion, notes: tuple[str, ...]) -> dump.Ker
     if region.model.backing is BackingKind.HUGETLB:
         huge = resident(fd)
     tables = sum(processes.page_table_bytes(pid) for pid in pids)
-    growth = processes.all_page_table_bytes() - region.page_tables_before
+    now, before = processes.all_page_table_bytes(), region.page_tables_before
+    growth = 0 if before is None else now - before
     return dump.KernelFacts(resident(fd), tables, growth, huge, notes, region.family.copied)

@@ -140,9 +140,10 @@ class LiveRegion:
     change from its first await to its end.
     ``moves`` counts how often memory was moved or went. ``changing`` while a change is carried out: faults wait,
     since the model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall
-    clock's time, for people. ``ended``: the namespace has let it go, and it closes when its files have every store.
-    ``unwritten`` is what a change has left to be written to files; ``written`` is not set while the files of a region
-    that nobody is attached to are brought up to date. ``family`` are its forks, and those that it is a fork of.
+    clock's time, for people; ``page_tables_before`` the bytes of all page tables then, None where not counted yet.
+    ``ended``: the namespace has let it go, and it closes when its files have every store. ``unwritten`` is what a
+    change has left to be written to files; ``written`` is not set while the files of a region that nobody is attached
+    to are brought up to date. ``family`` are its forks, and those that it is a fork of.
     ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them.
     """
 
@@ -153,7 +154,7 @@ class LiveRegion:
     attachments: list[LiveAttachment] = attrs.Factory(list)
     settled: trio.Event = attrs.Factory(trio.Event)
     created_ns: int = attrs.Factory(time.time_ns)
-    page_tables_before: int = attrs.Factory(processes.all_page_table_bytes)
+    page_tables_before: int | None = None
     files: dict[FileId, MappedFile] = attrs.Factory(dict)
     closed: bool = False
     lock: trio.Lock = attrs.Factory(trio.Lock)
@@ -174,9 +175,11 @@ class LiveRegion:
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
 
     def __attrs_post_init__(self) -> None:
-        """There is nothing to write yet."""
+        """There is nothing to write yet. Of a fork, the machine's page tables are counted when there is time."""
         self.written.set()
         self.family.join(self)
+        if self.model.origin is None:
+            self.page_tables_before = processes.all_page_table_bytes()
 
     @property
     def shows_own_file(self) -> bool:

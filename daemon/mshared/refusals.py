@@ -111,6 +111,7 @@ def unpoison(attachment: LiveAttachment, read_events: Callable[[], None]) -> Non
         if _touchable(attachment.region, host) is not None and _have(attachment.region, host):
             _show(attachment, page, read_events)
             attachment.poisoned.discard(start)
+            attachment.region.model.mm.storable.note(host)
 
 
 def unpoison_shared(region: LiveRegion) -> None:
@@ -122,6 +123,7 @@ def unpoison_shared(region: LiveRegion) -> None:
         if _touchable(region, page) is not None:
             region.backing.punch(page.moved(-region.model.ar.start))
             region.poisoned.discard(page)
+            region.model.mm.storable.note(page)
 
 
 async def refill(region: LiveRegion, ar: AddrRange, read_events: Callable[[], None]) -> None:

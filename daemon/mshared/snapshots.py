@@ -11,11 +11,12 @@ import logging
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import attrs
 import trio
 
-from mshared import apply, backing
+from mshared import apply, backing, processes
 from mshared.backing import BackingStore
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
@@ -28,6 +29,9 @@ from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
+
+_UNTIL_PREPARED: Final = 0.002
+"""Seconds after a fork until the next one is prepared: whoever forked goes on first, and so does who stores then."""
 
 
 @attrs.frozen
@@ -56,13 +60,15 @@ class Snapshots:
         self._lifetimes = lifetimes
         self._store = store
         self._untaken: dict[str, Untaken] = {}
-        self._forked, self._to_prepare = trio.open_memory_channel[BackingKind](math.inf)
+        self._forked, self._to_prepare = trio.open_memory_channel[LiveRegion](math.inf)
 
     async def prepare(self) -> None:
-        """Have what the next fork needs ready before it is asked for, for ever."""
-        async for kind in self._to_prepare:
+        """After each fork, see to what it left undone, and have what the next one needs ready; for ever."""
+        async for twin in self._to_prepare:
+            await trio.sleep(_UNTIL_PREPARED)
+            twin.page_tables_before = processes.all_page_table_bytes()
             try:
-                await trio.to_thread.run_sync(self._store.prepare, kind)
+                await trio.to_thread.run_sync(self._store.prepare, twin.backing.kind)
             except OSError as error:
                 log.debug("no file is ready for the next fork: %s", error)
 
@@ -98,16 +104,19 @@ class Snapshots:
         """The twins, of one instant for all. Raises MshareError with none made."""
         origins = sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id)
         try:
-            async with contextlib.AsyncExitStack() as stack:
+            with contextlib.ExitStack() as stack:
                 for origin in origins:
-                    await stack.enter_async_context(origin.lock)
+                    await _acquire(origin.lock)
+                    stack.callback(origin.lock.release)
                 for wish in wishes:
                     self._check(wish, who)
-                    await flush(wish.origin, wish.origin.model.ar, self._lifetimes.read_events)
+                    if wish.origin.files:
+                        await flush(wish.origin, wish.origin.model.ar, self._lifetimes.read_events)
                 twins = self._fork_now(wishes, who)
-                with trio.CancelScope(shield=True):
-                    for origin in origins:
-                        await write_out(origin)
+                for origin in origins:
+                    if origin.unwritten:
+                        with trio.CancelScope(shield=True):
+                            await write_out(origin)
                 return twins
         finally:
             for origin in origins:
@@ -158,7 +167,7 @@ class Snapshots:
         twin = self._lifetimes.add_region(model, made, origin.family)
         twin.settled.set()
         twin.inherit_files(origin)
-        self._forked.send_nowait(made.kind)
+        self._forked.send_nowait(twin)
         try:
             _copy_hidden(origin, twin)
         except OSError as error:
@@ -166,6 +175,14 @@ class Snapshots:
             self._lifetimes.forget(twin)
             raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
         return twin
+
+
+async def _acquire(lock: trio.Lock) -> None:
+    """Take a lock; one that is free without giving others their turn before."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
 
 
 @contextlib.contextmanager

@@ -122,6 +122,12 @@ def test_aligned_means_both_ends(whole: AddrRange, to: int) -> None:
     assert whole.is_aligned(to) == (whole.start % to == 0 and whole.end % to == 0)
 
 
+@given(small_ranges(), POWERS)
+def test_inner_is_made_of_all_whole_multiples_inside(whole: AddrRange, size: int) -> None:
+    inside = [each for start in range(0, 96, size) if whole.covers(each := AddrRange.sized(start, size))]
+    assert addresses(whole.inner(size)) == {address for each in inside for address in addresses(each)}
+
+
 def test_moved_keeps_the_size_and_refuses_to_go_below_zero() -> None:
     assert ar(4, 6).moved(10) == ar(14, 16)
     assert ar(4, 6).moved(-4) == ar(0, 2)

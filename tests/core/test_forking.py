@@ -98,12 +98,46 @@ def test_native_memory_has_its_stores_seen() -> None:
     assert list(mm.armings()) == [(mm.ar, WP)]
 
 
-def test_what_was_shielded_before_is_protected_anew_where_it_may_be_written() -> None:
+def test_what_was_shielded_before_is_protected_anew_where_stores_may_go_unseen_since() -> None:
+    """Where one was allowed, where pages came anew, and where they have gone with their marks."""
+    mm = mapped(0, 1024)
+    forking.shield(mm)
+    assert forking.shield(mm) == []
+    mm.fault(Fault(pages(7, 8).start, Access.WRITE, protected=True))
+    mm.madvise_remove(pages(8, 10))
+    mm.mmap(pages(20, 22), 2 * PAGE_SIZE, fixed=True, replace=True, source=source(2, shared=False))
+    mm.filled(pages(20, 21))
+    mm.mmap(pages(30, 31), PAGE_SIZE, fixed=True, replace=True)
+    mm.mprotect(pages(8, 9), Prot.READ)
+    mm.munmap(pages(40, 41))
+    expected = [pages(7, 8), pages(9, 10), pages(20, 22), pages(30, 31)]
+    assert forking.shield(mm) == [Protect(ar) for ar in expected]
+    assert [run for run, pte in mm.table.runs(mm.ar) if pte.flags & PteFlag.WRITE] == []
+    assert forking.shield(mm) == []
+
+
+def test_so_is_what_the_kernel_had_filled_by_itself_when_the_store_was_allowed() -> None:
     mm = mapped()
     forking.shield(mm)
-    mm.mprotect(pages(5, 10), Prot.READ)
-    mm.mprotect(pages(10, 12), Prot.NONE)
-    assert forking.shield(mm) == [Protect(pages(0, 5)), Protect(pages(12, 1024))]
+    mm.fault(Fault(pages(7, 8).start, Access.WRITE, protected=True))
+    assert forking.shield(mm) == [Protect(pages(7, 8))]
+
+
+def test_where_they_are_many_all_is_protected_at_once() -> None:
+    mm = mapped(0, 1024)
+    forking.shield(mm)
+    for page in range(0, 40, 2):
+        mm.fault(Fault(pages(page, page + 1).start, Access.WRITE, protected=True))
+    mm.mprotect(pages(500, 510), Prot.READ)
+    assert forking.shield(mm) == [Protect(pages(0, 500)), Protect(pages(510, 1024))]
+    assert [run for run, pte in mm.table.runs(mm.ar) if pte.flags & PteFlag.WRITE] == []
+
+
+def test_what_the_kernel_fills_where_stores_are_seen_is_protected() -> None:
+    mm = mapped()
+    forking.shield(mm)
+    mm.sync([pages(0, 600)], huge=True)
+    assert [pte.flags & PteFlag.WRITE for _, pte in mm.table.runs(mm.ar)] == [PteFlag(0)] * 2
 
 
 def test_memory_that_is_paged_has_its_stores_seen_too() -> None:
@@ -161,11 +195,12 @@ def test_a_twin_is_of_its_origins_kind() -> None:
     assert (twin.paging_all, twin.hole_signal) == (True, Signal.SIGSEGV)
 
 
-def test_leaf_tables_are_shared_and_cost_a_reference() -> None:
+def test_all_tables_are_shared_and_cost_a_reference() -> None:
     mm = mapped(0, 1024)
     twin, other = fork(mm), fork(mm)
     assert [each.table.shared_tables() for each in (mm, twin, other)] == [2, 2, 2]
-    assert {leaf.refs for leaf in mm.table.leaves()} == {3}
+    assert mm.table.top is twin.table.top is other.table.top
+    assert mm.table.top.refs == 3
     assert twin.table.table_bytes == mm.table.table_bytes
 
 

@@ -184,6 +184,9 @@ class Member:
                 for page in pages:
                     self.memory[page] = None
                     self.stash.pop(page, None)
+                memory = {page for page in self.asked.writable() if self.asked.contents[page] is not None}
+                for by in self.attached:  # Where stores to it are allowed, marks may go with the pages.
+                    by.protected.difference_update(memory.intersection(pages))
             case Stash():
                 assert not self.storable().intersection(pages), "a store during the copy is lost"
                 for page in pages:
@@ -461,6 +464,13 @@ class ForkingMachine(RuleBasedStateMachine):
         twin = Member(mm, self.kind, origin.asked.copy(), stash=dict(origin.stash))
         self.members[mm.store] = twin
         self.memories[mm.store] = twin.memory
+
+    @rule(number=NUMBERS, pages=st.lists(PAGES, max_size=20), huge=st.booleans())
+    def store_and_fork(self, number: int, pages: list[int], huge: bool) -> None:
+        """What was allowed to go unseen before a fork is not any more after it, be it little or much."""
+        for page in pages:
+            self.touch(number, page, Access.WRITE)
+        self.fork(number, huge)
 
     @rule(number=NUMBERS)
     def leave(self, number: int) -> None:

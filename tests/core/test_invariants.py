@@ -93,7 +93,7 @@ def empty_leaf_table(mm: HostMm) -> None:
 
 
 def empty_directory(mm: HostMm) -> None:
-    mm.table._top.entries[511] = Directory(2)
+    mm.table.top.entries[511] = Directory(2)
     mm.table.tables[2] += 1
 
 
@@ -151,7 +151,7 @@ VIOLATIONS: dict[Callable[[HostMm], None], str] = {
     leaves_miscounted: "page tables count",
     entries_miscounted: "leaf table counts",
     entry_cleared_behind_the_counts: "leaf table counts",
-    empty_leaf_table: "leaf table counts 0 entries",
+    empty_leaf_table: "empty table on level 0",
     empty_directory: "empty table on level 2",
     page_in_a_hole: "lie in a hole",
     page_below_the_region: "outside",

@@ -223,6 +223,40 @@ def test_set_range_splits_a_huge_leaf_and_keeps_the_rest_of_it() -> None:
     check_counts(table)
 
 
+def test_set_huge_installs_leaves_across_directories_as_if_one_by_one() -> None:
+    start = Address(64 * PGDIR_SIZE - 3 * PMD_SIZE)
+    table, one_by_one = PageTable(), PageTable()
+    table.set_huge(AddrRange.sized(start, 5 * PMD_SIZE), FrameNo(1024), PteFlag.PRESENT | PteFlag.UFFD_WP)
+    for number in range(5):
+        pte = Pte(FrameNo(1024 + 512 * number), PteFlag.PRESENT | PteFlag.UFFD_WP | PteFlag.HUGE)
+        one_by_one.set(Address(start + number * PMD_SIZE), pte)
+    whole = AddrRange.sized(start - PMD_SIZE, 8 * PMD_SIZE)
+    assert list(table.runs(whole)) == list(one_by_one.runs(whole))
+    assert table.recount() == (table.tables, table.pages, table.huge_pages) == one_by_one.recount()
+
+
+def test_pages_that_come_and_go_are_counted_as_changes_and_entries_that_change_are_not() -> None:
+    table, page = PageTable(), AddrRange.sized(64 * PGDIR_SIZE, PAGE_SIZE)
+    steps = [
+        lambda: table.set(page.start, Pte(FrameNo(0))),
+        lambda: table.set(page.start, Pte(FrameNo(7))),
+        lambda: table.set_range(page, FrameNo(1), PteFlag.PRESENT),
+        lambda: table.set_range(AddrRange.sized(page.start, 4 * PAGE_SIZE), FrameNo(1), PteFlag.PRESENT),
+        lambda: table.change_flags(page, add=PteFlag.DIRTY),
+        lambda: table.clear_range(page),
+        lambda: table.clear_range(page),
+        lambda: table.set(page.start, Pte(FrameNo(0), PteFlag.PRESENT | PteFlag.HUGE)),
+        lambda: table.set(page.start, Pte(FrameNo(512), PteFlag.PRESENT | PteFlag.HUGE)),
+        lambda: table.set_huge(AddrRange.sized(page.start + PMD_SIZE, PMD_SIZE), FrameNo(512), PteFlag.PRESENT),
+    ]
+    changed = []
+    for step in steps:
+        before = table.changes
+        step()
+        changed.append(table.changes != before)
+    assert changed == [True, False, False, True, False, True, False, True, False, True]
+
+
 def test_clear_range_keeps_what_lies_beside_it() -> None:
     table = PageTable()
     table.set_range(pages(0, 1100), FrameNo(0), RW)

@@ -1,4 +1,4 @@
-"""Page tables that share leaf tables: nothing that is done to one changes what another shows."""
+"""Page tables that share tables: nothing that is done to one changes what another shows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, PUD_SIZE, Address, AddrRange, FrameNo
 from msharefs.page_table import PageTable
 from msharefs.pte import Pte, PteFlag
+from msharefs.tables import hanging
 
 BASE = 64 * PGDIR_SIZE + 5 * PUD_SIZE + 7 * PMD_SIZE
 PRESENT, WRITE, HUGE, WP = PteFlag.PRESENT, PteFlag.WRITE, PteFlag.HUGE, PteFlag.UFFD_WP
@@ -46,8 +47,9 @@ def filled(end: int = 1024) -> PageTable:
     return table
 
 
-def refs(table: PageTable) -> list[int]:
-    return [leaf.refs for leaf in table.leaves()]
+def shared(table: PageTable) -> list[bool]:
+    """Whether the first page's table is shared, and so on."""
+    return [table.shared_at(at(page)) for page in range(0, 2048, 512) if table.walk(at(page))]
 
 
 def frames(table: PageTable) -> dict[int, int]:
@@ -63,12 +65,12 @@ def check(*tables: PageTable) -> None:
     """The counts kept are the counts counted, references too."""
     for table in tables:
         assert table.recount() == (table.tables, table.pages, table.huge_pages)
-        for leaf in table.leaves():
-            assert leaf.refs == sum(leaf is other for each in tables for other in each.leaves())
+    for each, refs in hanging(table.top for table in tables).items():
+        assert each.refs == refs
 
 
 @pytest.mark.parametrize("levels", [4, 5])
-def test_a_fork_has_the_same_entries_and_counts_in_shared_leaf_tables(levels: int) -> None:
+def test_a_fork_has_the_same_entries_and_counts_in_shared_tables(levels: int) -> None:
     table = PageTable(levels)
     table.set_range(pages(510, 1030), FrameNo(100), RW)
     table.set(at(1536), huge(512))
@@ -76,7 +78,8 @@ def test_a_fork_has_the_same_entries_and_counts_in_shared_leaf_tables(levels: in
     assert frames(twin) == frames(table)
     assert (twin.tables, twin.pages, twin.huge_pages) == (table.tables, 520, 1)
     assert (twin.levels, twin.table_bytes) == (levels, table.table_bytes)
-    assert (table.shared_tables(), twin.shared_tables(), refs(table)) == (3, 3, [2, 2, 2])
+    assert (table.shared_tables(), twin.shared_tables()) == (3, 3)
+    assert table.top is twin.top
     check(table, twin)
 
 
@@ -132,11 +135,25 @@ def test_what_one_changes_the_others_do_not_see(
 def test_a_leaf_table_that_is_broken_is_the_breakers_and_all_pages_of_both_are_protected() -> None:
     table = filled()
     twin = table.fork()
+    assert table.walk(at(6)) == twin.walk(at(6)) == small(6, PRESENT | WP)
     twin.set(at(5), small(FAR))
     assert twin.walk(at(5)) == small(FAR)
     assert table.walk(at(5)) == small(5, PRESENT | WP)
     assert table.walk(at(6)) == twin.walk(at(6)) == small(6, PRESENT | WP)
-    assert (refs(table), refs(twin)) == ([1, 2], [1, 2])
+    assert shared(table) == shared(twin) == [False, True]
+    check(table, twin)
+
+
+def test_only_what_may_have_been_written_is_protected_by_a_fork() -> None:
+    """The rest is protected already, by who says so."""
+    table = filled()
+    table.change_flags(ALL, add=WP, drop=WRITE)
+    table.set_range(pages(5, 6), FrameNo(5), RW)
+    table.set_range(pages(600, 700), FrameNo(600), RW)
+    twin = table.fork([pages(5, 6), pages(550, 1024)])
+    assert not [pte for _, pte in twin.runs(ALL) if pte.flags & WRITE]
+    table.set_range(pages(7, 8), FrameNo(7), RW)
+    assert table.fork([]).walk(at(7)) == small(7)
 
 
 def test_a_leaf_table_of_one_owner_is_kept_when_it_is_to_be_its_own() -> None:
@@ -162,7 +179,7 @@ def test_owning_where_there_is_no_leaf_table_makes_none() -> None:
     check(table)
 
 
-def test_shared_at_tells_of_the_leaf_table_there() -> None:
+def test_shared_at_tells_of_the_tables_on_the_way() -> None:
     table = filled()
     table.set(at(1024), huge(1024))
     twin = table.fork()
@@ -178,11 +195,27 @@ def test_the_last_one_that_has_a_leaf_table_finds_its_pages_protected() -> None:
     table = filled(512)
     twin, other = table.fork(), table.fork()
     table.release()
-    assert other.walk(at(5)) == small(5)
     twin.clear_range(ALL)
     assert other.walk(at(5)) == small(5, PRESENT | WP)
-    assert refs(other) == [1]
+    assert shared(other) == [False]
     check(other, table, twin)
+
+
+def test_what_is_taken_out_whole_counts_with_all_below() -> None:
+    """A whole table of level 2, which others share, and of level 1, which they do not any more."""
+    table = PageTable()
+    for number in range(3):
+        table.set_range(AddrRange.sized(at(0) + number * PUD_SIZE, 3 * PMD_SIZE), FrameNo(0), RW)
+        table.set(Address(at(0) + number * PUD_SIZE + 3 * PMD_SIZE), huge(512))
+    twin = table.fork()
+    table.own(at(0))
+    start = at(0) // PUD_SIZE * PUD_SIZE
+    table.clear_range(AddrRange.sized(start, 2 * PUD_SIZE))
+    assert (table.tables, table.pages, table.huge_pages) == ([3, 1, 1, 1], 3 * 512, 1)
+    check(table, twin)
+    twin.clear_range(AddrRange.sized(start, 1 << 40))
+    assert (twin.tables, twin.resident) == ([0, 0, 0, 1], 0)
+    check(table, twin)
 
 
 def test_release_drops_what_is_shared_and_leaves_it_to_others() -> None:
@@ -213,6 +246,7 @@ def test_reassigned_pages_have_other_frames_in_all_tables_that_share_the_leaf() 
     assert [each.frame_at(at(7)) for each in (table, twin, other)] == [7, FAR + 2, FAR + 2]
     assert [each.frame_at(at(8)) for each in (table, twin, other)] == [8, 8, 8]
     assert (twin.shared_tables(), other.shared_tables()) == (2, 2)
+    assert twin.walk(at(5)) == small(FAR, PRESENT | WP)
     check(table, twin, other)
 
 
@@ -221,6 +255,7 @@ def test_reassigning_keeps_flags_and_2_mib_leaves_whole_and_splits_those_that_st
     table.set(at(0), huge(0))
     table.set(at(512), huge(512))
     twin = table.fork()
+    table.own(at(0))
     twin.reassign(pages(0, 512), FrameNo(FAR))
     twin.reassign(pages(600, 602), FrameNo(FAR + 600))
     assert twin.walk(at(0)) == huge(FAR, PRESENT | WP)

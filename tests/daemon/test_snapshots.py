@@ -189,7 +189,12 @@ class TestOneInstant:
         world.fork((origin, "one"))
         assert [log_of(live) for live in lives] == [[("arm WP", origin.model.ar)]] * 2
         world.fork((origin, "two"))
-        assert [log_of(live)[1:] for live in lives] == [[("protect", origin.model.ar)]] * 2
+        assert [log_of(live)[1:] for live in lives] == [[]] * 2
+        page = AddrRange.sized(origin.model.ar.start, PAGE_SIZE)
+        origin.family.make_or_reclaim(origin.model.mm, forking.to_preserve(origin.model.mm, page))
+        origin.model.mm.fault(Fault(page.start, Access.WRITE, protected=True))
+        world.fork((origin, "three"))
+        assert [log_of(live)[1:] for live in lives] == [[("protect", page)]] * 2
 
     def test_relatives_that_may_come_to_hold_what_others_need_are_too(self, world: World) -> None:
         origin = world.region()
@@ -289,6 +294,7 @@ class TestMeanwhile:
 
     def test_somebody_takes_the_name(self, world: World, writing: list[Callable[[], object]]) -> None:
         origin, other = world.region(), world.region("other")
+        origin.add_file(os.open("/dev/null", os.O_RDONLY))
         taken: list[LiveRegion] = []
         writing.append(lambda: taken.append(world.region("twin")))
         with pytest.raises(ExistsError):
@@ -300,6 +306,7 @@ class TestMeanwhile:
     def test_the_region_ends(self, world: World, writing: list[Callable[[], object]]) -> None:
         """It is gone, but not before whoever works on it lets go of it."""
         origin = world.region()
+        origin.add_file(os.open("/dev/null", os.O_RDONLY))
         live = world.attach(origin)
         closed: list[bool] = []
         writing += [
@@ -415,7 +422,7 @@ def test_a_file_is_made_ready_for_the_fork_after_this_one(world: World, monkeypa
 
     monkeypatch.setattr(world.store, "prepare", prepare, raising=False)
     origin = world.region()
-    world.fork((origin, "one"), (origin, "two"))
+    twins = world.fork((origin, "one"), (origin, "two"))
 
     async def until_done() -> None:
         async with trio.open_nursery() as nursery:
@@ -424,5 +431,7 @@ def test_a_file_is_made_ready_for_the_fork_after_this_one(world: World, monkeypa
                 await done.wait()
             nursery.cancel_scope.cancel()
 
+    assert [twin.page_tables_before for twin in twins] == [None, None]
     trio.run(until_done)
     assert prepared == [BackingKind.SMALL] * 2
+    assert all(twin.page_tables_before for twin in twins)
