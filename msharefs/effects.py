@@ -39,7 +39,7 @@ class Arm:
 class Punch:
     """The memory of ``ar`` goes back to the system and out of every process (FALLOC_FL_PUNCH_HOLE).
 
-    So does what the stash file holds of it.
+    So does what the stash file holds of it. Memory that is promised, and mapped still, may become zeros instead.
     """
 
     ar: AddrRange

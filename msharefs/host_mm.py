@@ -159,17 +159,21 @@ class HostMm:
     def madvise_remove(self, ar: AddrRange) -> list[Change]:
         """Have zeros in ``ar``, for everybody, and its memory back (compare mm/madvise.c:madvise_remove).
 
-        Raises NoMemoryError when a part of it is not mapped, AccessDeniedError when one may not be written.
+        Raises what ``check_removable`` does.
         """
+        self.check_removable(ar)
+        self.table.clear_range(ar)
+        self.storable.note(ar)
+        return [Punch(ar)]
+
+    def check_removable(self, ar: AddrRange) -> None:
+        """Whether contents may go, or NoMemoryError (not mapped), AccessDeniedError, NotSupportedError (a file's)."""
         self.check_mapped(ar)
         vmas = self.vmas.overlapping(ar)
         if not all(vma.prot & Prot.WRITE for vma in vmas):
             raise AccessDeniedError(f"{ar} may not be written throughout; mprotect it first")
         if any(vma.source for vma in vmas):
             raise NotSupportedError("MADV_REMOVE of a file's mapping: punch the file instead")
-        self.table.clear_range(ar)
-        self.storable.note(ar)
-        return [Punch(ar)]
 
     def madvise_reading(self, ar: AddrRange, advice: Advice) -> None:
         """How much of a file a fault of ``ar`` reads from now on (compare mm/madvise.c:madvise_vma_behavior).

@@ -39,7 +39,7 @@ _CLIENT = (
     _DROP
     + """
 import sys, json, traceback, signal, mmap, threading, time, subprocess, errno, gc, faulthandler, struct, socket, array
-import multiprocessing
+import multiprocessing, random
 import mshare, mshare.syscalls as sc
 from pathlib import Path
 from mshare.connection import connect

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -21,9 +25,12 @@ class Pool:
     used: int
     promised: int
 
-    def with_region(self, *, mapped: int, touched: int) -> Pool:
-        """As it is when a region has so many pages mapped, and has so many of them."""
-        return Pool(self.used + touched, self.promised + mapped - touched)
+    def with_region(self, *, mapped: int, touched: int, kept: int = 0) -> Pool:
+        """As it is when a region has so many pages mapped, and has so many of them.
+
+        ``kept``: in the mount that root's daemon makes for it one more waits for the next mapping.
+        """
+        return Pool(self.used + touched, self.promised + mapped - touched + kept)
 
 
 def pool() -> Pool:
@@ -64,3 +71,34 @@ def _meminfo(field: str) -> int:
     """A number of /proc/meminfo as it stands there."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+_RIVAL = f"""
+import ctypes, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+held, since, told = [], time.monotonic(), False
+while True:
+    page = libc.mmap(None, ctypes.c_size_t({HUGE}), 3, 0x40022, -1, ctypes.c_long(0))
+    if page != ctypes.c_void_p(-1).value:
+        held.append(page)
+        continue
+    if not told:
+        told = bool(print("ready", flush=True)) or True
+    if time.monotonic() > since + 0.1:
+        for page in held[::2]:
+            libc.munmap(ctypes.c_void_p(page), ctypes.c_size_t({HUGE}))
+        held, since = held[1::2], time.monotonic()
+"""
+
+
+@contextlib.contextmanager
+def rival() -> Iterator[None]:
+    """Have a process take every huge page that becomes free, at once, and now and then give half of them back."""
+    with subprocess.Popen([sys.executable, "-c", _RIVAL], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            process.kill()

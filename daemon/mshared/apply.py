@@ -33,7 +33,7 @@ from msharefs.effects import (
     WriteBack,
     ZeroFill,
 )
-from msharefs.errors import InternalError, NoMemoryError
+from msharefs.errors import InternalError
 from msharefs.perms import Access
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
@@ -85,11 +85,10 @@ def _move_memory(region: LiveRegion, effect: Change) -> None:
     match effect:
         case Punch(ar):
             region.punch(_offsets(region, ar))
-            _keep_reserved(region, ar)
         case Stash(ar):
             inside = _offsets(region, ar)
-            backing.move(region.backing.fd, region.held(inside), backing.write_to(region.stash()))
-            _keep_reserved(region, ar)
+            stash = backing.write_to(region.stash())
+            backing.move(region.backing.fd, region.held(inside), stash, region.empty)
         case Unstash(ar):
             stashed = backing.held(region.stash(), _offsets(region, ar), BackingKind.SMALL, None)
             backing.move(region.stash(), stashed, region.put)
@@ -98,14 +97,6 @@ def _move_memory(region: LiveRegion, effect: Change) -> None:
             region.unwritten.append(Unwritten(os.dup(region.files[file].fd), offset, data))
         case _:
             raise InternalError(f"{effect} moves no memory")
-
-
-def _keep_reserved(region: LiveRegion, ar: AddrRange) -> None:
-    """Have memory promised again for what went and is mapped still: another user of the pool may have been faster."""
-    try:
-        region.reserve(ar)
-    except NoMemoryError as error:
-        log.error("region %s: touches of %s may end in a SIGBUS: %s", region.model.name, ar, error)  # noqa: TRY400
 
 
 def _change_all(region: LiveRegion, effect: Arm | Protect, read_events: Callable[[], None]) -> None:

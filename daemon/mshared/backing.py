@@ -1,8 +1,9 @@
 """Where the pages of regions come from: one sparse file a region, offset in the file = offset in the region.
 
 As root the files lie on mounts of the daemon's own: a tmpfs with huge=always (``thp``), one without (``4k``), and a
-hugetlbfs (``hugetlb``); an ordinary user gets sealed memfds (``4k``, ``hugetlb``). Either way clients hold descriptors
-that cannot shrink the file, and those of read-only clients cannot be opened again for writing.
+hugetlbfs (``hugetlb``), in which each region that is no fork has another for itself; an ordinary user gets sealed
+memfds (``4k``, ``hugetlb``). Either way clients hold descriptors that cannot shrink the file, and those of read-only
+clients cannot be opened again for writing.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Final
 import attrs
 
 from mshared import hugetlb, landlock, libc, mounts
+from mshared.undo import Undo
 from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
 
 log = logging.getLogger(__name__)
 
-_PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 
@@ -37,6 +38,7 @@ class Backing:
 
     ``fd`` is the daemon's own, ``writable`` and ``readonly`` are what clients get a copy of. Ranges are offsets in the
     region, which starts at ``start`` of the file.
+    ``mount`` is the filesystem that it has for itself, where no page that is to be missing is lost to others.
     """
 
     fd: int
@@ -45,6 +47,7 @@ class Backing:
     path: Path | None
     kind: BackingKind = BackingKind.SMALL
     start: int = 0
+    mount: Path | None = None
 
     @classmethod
     def of_file(cls, fd: int, kind: BackingKind, start: int) -> Backing:
@@ -59,6 +62,13 @@ class Backing:
         """Have memory promised for ``ar``, where the kind can do so. Raises NoMemoryError."""
         if self.kind is BackingKind.HUGETLB:
             hugetlb.reserve(self.fd, ar)
+
+    def empty(self, ar: AddrRange) -> int:
+        """Take pages that are there out of every process; how many are promised no more, since others were faster."""
+        if self.kind is BackingKind.HUGETLB:
+            return hugetlb.empty(self.fd, ar)
+        self.punch(ar)
+        return 0
 
     def write(self, data: bytes, offset: int) -> None:
         """Write over what is there. What is not there comes with its whole granule."""
@@ -99,6 +109,8 @@ class Backing:
         """Take the name away and close; the memory lives on in whatever still maps it."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+        if self.mount is not None:
+            _take_away(self.mount)
         for fd in {self.fd, self.writable, self.readonly}:
             os.close(fd)
 
@@ -109,17 +121,22 @@ class BackingStore:
     kinds: tuple[BackingKind, ...]
     notes: tuple[str, ...] = ()
 
-    def create(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
-        """A sparse file of ``size`` bytes. Raises NotSupportedError for a kind that is not here."""
+    def create(self, region: RegionId, kind: BackingKind, size: int, *, fork: bool = False) -> Backing:
+        """A sparse file of ``size`` bytes. Raises NotSupportedError for a kind that is not here.
+
+        Nothing is promised for a ``fork``, and nothing has to be kept.
+        """
         if kind not in self.kinds:
             raise NotSupportedError(self.why_not(kind))
         try:
+            if kind is BackingKind.HUGETLB and not fork:
+                return self._make_promised(region, size)
             return self._make(region, kind, size)
         except OSError as error:
             raise _no_room(error, size) from error
 
     def prepare(self, kind: BackingKind) -> None:
-        """Have the next ``create`` of that kind take less time, where it takes much. For a worker thread."""
+        """Have the next fork of that kind take less time, where it takes much. For a worker thread."""
 
     def why_not(self, kind: BackingKind) -> str:
         """Why a kind cannot be had, and the cure."""
@@ -138,6 +155,10 @@ class BackingStore:
 
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
         raise NotImplementedError
+
+    def _make_promised(self, region: RegionId, size: int) -> Backing:
+        """One of huge pages that stay promised, as far as that is possible."""
+        return self._make(region, BackingKind.HUGETLB, size)
 
 
 class MountedStore(BackingStore):
@@ -229,23 +250,38 @@ class MountedStore(BackingStore):
             raise
         return attrs.evolve(spare, path=path)
 
+    def _make_promised(self, region: RegionId, size: int) -> Backing:
+        """On a mount of its own, which keeps a page. Raises NoMemoryError."""
+        mount = self._root / BackingKind.HUGETLB / str(region)
+        with contextlib.ExitStack() as undo, Undo() as for_now:
+            hugetlb.mount_for_one(mount)
+            undo.callback(_take_away, mount)
+            tree = mounts.readonly_copy(mount)
+            if tree is not None:
+                for_now.open(tree)
+            made = self._open_at(mount / "memory", BackingKind.HUGETLB, tree)
+            undo.callback(made.close)
+            os.ftruncate(made.fd, size)
+            undo.pop_all()
+        return attrs.evolve(made, mount=mount)
+
     def _open(self, kind: BackingKind) -> Backing:
         """A file without size, the name of which starts with a dot: it is no region's."""
         path = self._root / kind / f".spare-{next(self._spare_numbers)}"
-        with _Undo() as undo:
+        return self._open_at(path, kind, self._readonly[kind])
+
+    def _open_at(self, path: Path, kind: BackingKind, tree: int | None) -> Backing:
+        """A new file, of whose directory ``tree`` is a copy that cannot be written."""
+        with Undo() as undo:
             fd = undo.open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             undo.path = path
             opener = landlock.open_without_truncate if self._landlock else os.open
             writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
-            readonly = undo.open(self._open_readonly(path, kind))
+            readonly = os.O_RDONLY | os.O_CLOEXEC
+            name = path if tree is None else path.name
+            reader = undo.open(os.open(name, readonly, dir_fd=tree))
             undo.keep()
-        return Backing(fd, writable, readonly, path, kind)
-
-    def _open_readonly(self, path: Path, kind: BackingKind) -> int:
-        tree = self._readonly[kind]
-        if tree is None:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return os.open(path.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=tree)
+        return Backing(fd, writable, reader, path, kind)
 
 
 class MemfdStore(BackingStore):
@@ -263,7 +299,7 @@ class MemfdStore(BackingStore):
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         if kind is BackingKind.HUGETLB:
             flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
-        with _Undo() as undo:
+        with Undo() as undo:
             fd = undo.open(os.memfd_create(f"msharefs-{region}", flags))
             os.ftruncate(fd, size)
             libc.call("fcntl", fd, _F_ADD_SEALS, _SEALS)
@@ -273,35 +309,14 @@ class MemfdStore(BackingStore):
         return Backing(fd, fd, readonly, None, kind)
 
 
-class _Undo:
-    """Closes and unlinks what was made, unless ``keep`` was called."""
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-        self.path: Path | None = None
-
-    def __enter__(self) -> _Undo:
-        return self
-
-    def open(self, fd: int) -> int:
-        """Note a descriptor."""
-        self._fds.append(fd)
-        return fd
-
-    def keep(self) -> None:
-        """Everything worked."""
-        self._fds, self.path = [], None
-
-    def __exit__(self, *_exc: object) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+def _take_away(mount: Path) -> None:
+    mounts.unmount(mount)
+    mount.rmdir()
 
 
 def punch(fd: int, ar: AddrRange) -> None:
     """FALLOC_FL_PUNCH_HOLE over a range of offsets."""
-    libc.call("fallocate64", fd, _PUNCH, ar.start, ar.size)
+    libc.punch(fd, ar.start, ar.size)
 
 
 def resident(fd: int) -> int:
@@ -335,12 +350,20 @@ def held(fd: int, ar: AddrRange, kind: BackingKind, device: int | None) -> list[
     return [part for extent in extents(fd) if (part := extent.intersect(ar)) is not None]
 
 
-def move(source: int, parts: list[AddrRange], write: Callable[[bytes, int], None]) -> None:
-    """Move what ``source`` holds in ``parts`` to where ``write`` puts it. Raises OSError with all still in source."""
+def move(
+    source: int,
+    parts: list[AddrRange],
+    write: Callable[[bytes, int], None],
+    empty: Callable[[AddrRange], None] | None = None,
+) -> None:
+    """Move what ``source`` holds in ``parts`` to where ``write`` puts it. Raises OSError with all still in source.
+
+    ``empty`` takes it out there, if that is more than punching.
+    """
     for part in parts:
         copy(source, part, write)
     for part in parts:
-        punch(source, part)
+        (empty or partial(punch, source))(part)
 
 
 def copy(source: int, part: AddrRange, write: Callable[[bytes, int], None]) -> None:

@@ -7,12 +7,14 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 import attrs
 import trio
 
 from mshared import apply
-from mshared.live import LiveAttachment
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
 from mshared.writeback import flush
 from msharefs import protocol
@@ -24,13 +26,17 @@ from msharefs.errors import (
     InvalidArgumentError,
     NoDeviceError,
     NoMemoryError,
+    NotSupportedError,
 )
 from msharefs.perms import PROT_RW, Advice, MapFlag, Prot
+from msharefs.region import BackingKind
 from msharefs.vma import FileSource
 
 log = logging.getLogger(__name__)
 
 _KNOWN_FLAGS = MapFlag(sum(MapFlag))
+_AT_ONCE: Final = 8 * PMD_SIZE
+"""Bytes of huge pages that are zeroed before others have their turn: some milliseconds."""
 
 
 class Changes:
@@ -95,6 +101,8 @@ class Changes:
             place.append(at)
             return effects
 
+        if ar is not None and replace and source is not None:
+            _check_replaceable(live.region, ar)
         self._change(live, decide)
         return protocol.Placed(model.offset_of(place[0]))
 
@@ -128,7 +136,11 @@ class Changes:
         ar = live.region.model.range_at(request.offset, request.length)
         await self._flush(live, ar)
         prot = checked_prot(request.prot)
-        if not prot & PROT_RW:
+        _check_writer(live)
+        live.region.model.mm.check_mapped(ar)
+        if prot & PROT_RW:
+            live.region.reserve(ar, hidden=True)
+        else:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
         self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
         await refill(live.region, ar, self._read_events)
@@ -143,14 +155,27 @@ class Changes:
         ar = live.region.model.range_at(request.offset, request.length)
         mm.check_mapped(ar)
         if advice is Advice.REMOVE:
-            await live.region.family.make_way(mm, ar)
-            self._change(live, lambda: mm.madvise_remove(ar))
+            await self._remove(live, ar)
         elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
             mm.madvise_reading(ar, advice)
         elif advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE):
             need = Prot.WRITE if advice is Advice.POPULATE_WRITE else Prot.READ | Prot.WRITE
             if not all(vma.prot & need for vma in mm.vmas.overlapping(ar)):
                 raise InvalidArgumentError(f"{ar} may not be touched like that throughout; mprotect it first")
+
+    async def _remove(self, live: LiveAttachment, ar: AddrRange) -> None:
+        """Have zeros in a range, for everybody. Huge pages are written over, while others have their turn."""
+        region, mm = live.region, live.region.model.mm
+        _check_writer(live)
+        mm.check_removable(ar)
+        await region.family.make_way(mm, ar)
+        if region.backing.kind is not BackingKind.HUGETLB:
+            self._change(live, lambda: mm.madvise_remove(ar))
+            return
+        for piece in ar.pieces(_AT_ONCE):
+            await trio.lowlevel.checkpoint()
+            await region.family.make_way(mm, piece)
+            self._change(live, partial(mm.madvise_remove, piece))
 
     async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
         """Write back beforehand: what a change writes back by itself, on the loop, is then little."""
@@ -177,7 +202,13 @@ class Changes:
         """Give every VMA its protection back: contents only ever fail to move when one is protected."""
         mm = live.region.model.mm
         for ar, prot in before:
-            if not mm.vmas.holes(ar):
+            if mm.vmas.holes(ar):
+                continue
+            try:
+                live.region.reserve(ar, hidden=True)
+            except NoMemoryError as error:
+                log.error("%s: %s stays inaccessible: %s", live, ar, error)  # noqa: TRY400
+            else:
                 apply.carry_out(live.region, mm.mprotect(ar, prot), self._read_events)
 
 
@@ -186,6 +217,17 @@ def _check_writer(live: LiveAttachment) -> None:
     if live.model.readonly:
         name = live.region.model.title
         raise AccessDeniedError(f"{name!r} was opened O_RDONLY; open it O_RDWR to change its mappings")
+
+
+def _check_replaceable(region: LiveRegion, ar: AddrRange) -> None:
+    """Whether pages can make way for those of a file, with others for these at hand. Raises NotSupportedError."""
+    region.model.mm.check_range(ar)
+    backing, inside = region.backing, ar.moved(-region.model.ar.start)
+    if backing.kind is BackingKind.HUGETLB and backing.mount is None and region.held(inside):
+        raise NotSupportedError(
+            "a daemon that is not root's cannot put a file in the place of huge pages that are in use: others might"
+            " take what it needs for that; munmap them first"
+        )
 
 
 def checked_prot(number: int) -> Prot:

@@ -112,7 +112,8 @@ class Family:
             for piece in inside.pieces(PMD_SIZE):
                 target.put_new(os.pread(source.fd, piece.size, piece.start), piece.start)
         except OSError:
-            target.backing.punch(inside)
+            for part in target.held(inside):
+                target.backing.empty(part)
             raise
 
     def _punch_unneeded(self, mm: HostMm, copy: Copy) -> None:

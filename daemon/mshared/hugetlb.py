@@ -3,12 +3,17 @@
 hugetlbfs keeps its own books. Pages are promised to a file when a part of it is mapped, at no cost, and stay promised
 when the mapping goes; a page that is punched out takes its promise along. A file can neither be written by pwrite(2)
 nor asked for its holes.
+
+A page that is to be missing for a while, and promised all the time, has to be punched and promised again, and whoever
+else takes pages may be faster. Not on a hugetlbfs of its own whose ``min_size`` is one page: the first page that any
+of its files lets go stays with the mount, and is what the next promise there is made of (hugepage_subpool_put_pages).
+Meanwhile nobody may touch it: a fault that finds no promise, and then no page, is a SIGBUS also if the promise came in
+between.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -16,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from mshared import libc, uffd
+from mshared import libc, mounts, uffd
 from msharefs import uffd_abi as abi
 from msharefs.addr import PMD_SIZE, Address, AddrRange, united
 from msharefs.errors import NoMemoryError
@@ -26,6 +31,7 @@ log = logging.getLogger(__name__)
 
 POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 CURE: Final = "raise vm.nr_hugepages (pages of 2 MiB), or start mshared as root with --hugetlb-pool SIZE"
+_TRIES: Final = 3
 
 
 class Pool:
@@ -75,6 +81,18 @@ def _pages() -> int:
     return int(POOL.read_text())
 
 
+def mount_for_one(place: Path) -> None:
+    """Mount a hugetlbfs for one region, that keeps a page. Raises NoMemoryError, with nothing there."""
+    place.mkdir(mode=0o700)
+    try:
+        mounts.mount_hugetlbfs(place, least=PMD_SIZE)
+    except OSError as error:
+        place.rmdir()
+        if error.errno != errno.ENOMEM:
+            raise
+        raise NoMemoryError(f"not even one huge page is free; {CURE}") from error
+
+
 def reserve(fd: int, ar: AddrRange) -> None:
     """Have pages promised for a range of a file's offsets, those that it has already aside. Raises NoMemoryError."""
     try:
@@ -121,17 +139,47 @@ def _mapped(asking: uffd.Uffd, whole: AddrRange) -> Iterator[AddrRange]:
 
 
 def overwrite(fd: int, offset: int, data: bytes) -> None:
-    """Put ``data`` where the file has pages already."""
+    """Put ``data`` where the file has pages already. Raises OSError EFAULT when they went, and none are to be had."""
     address = libc.map_shared(fd, len(data), offset, reserve=False, writable=True)
     try:
-        ctypes.memmove(address, data, len(data))
+        libc.store(address, data)
     finally:
         libc.unmap(address, len(data))
+
+
+def zero(fd: int, ar: AddrRange) -> None:
+    """Put zeros where the file has pages already: 0.1 s a GiB. Pages that went meanwhile need none."""
+    address = libc.map_shared(fd, ar.size, ar.start, reserve=False, writable=True)
+    zeros = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for page in ar.pieces(PMD_SIZE):
+            with contextlib.suppress(OSError):  # EFAULT, where a store of ours would be a SIGBUS.
+                libc.call("read", zeros, address + page.start - ar.start, page.size)
+    finally:
+        os.close(zeros)
+        libc.unmap(address, ar.size)
 
 
 def allocate(fd: int, ar: AddrRange) -> None:
     """Make all pages of a range of offsets, zeroed where there are none: 0.1 s a GiB. Raises OSError ENOSPC."""
     os.posix_fallocate(fd, ar.start, ar.size)
+
+
+def empty(fd: int, ar: AddrRange) -> int:
+    """Take the pages of a range of offsets out of a file, each promised again before the next goes.
+
+    How many could not be promised again, since others have them; see above for where that cannot be.
+    """
+    return sum(not _emptied(fd, page) for page in ar.pieces(PMD_SIZE))
+
+
+def _emptied(fd: int, page: AddrRange) -> bool:
+    libc.punch(fd, page.start, page.size)
+    for _ in range(_TRIES):  # A touch in that instant has got the page, and is about to enter it as promised.
+        with contextlib.suppress(NoMemoryError):
+            reserve(fd, page)
+            return True
+    return False
 
 
 def use_promises(fd: int, ar: AddrRange) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from typing import Final
 
 _MAP_SHARED: Final = 1
 _MAP_NORESERVE: Final = 0x4000
 _PROT_RW: Final = 3
+_PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _sysinfo: Final = ctypes.create_string_buffer(112)
@@ -55,3 +57,17 @@ def map_shared(fd: int, size: int, offset: int = 0, *, reserve: bool = True, wri
 def unmap(address: int, size: int) -> None:
     """Unmap what ``map_shared`` mapped."""
     call("munmap", address, size)
+
+
+def store(address: int, data: bytes) -> None:
+    """Copy ``data`` to an address of this process. Raises OSError EFAULT where a store of its own would be a SIGBUS."""
+    source = ctypes.create_string_buffer(data, len(data))
+    here, there = ((ctypes.c_size_t * 2)(at, len(data)) for at in (ctypes.addressof(source), address))
+    done = call("process_vm_writev", os.getpid(), here, 1, there, 1, 0)
+    if done < len(data):
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def punch(fd: int, offset: int, size: int) -> None:
+    """FALLOC_FL_PUNCH_HOLE: give the memory of a part of a file back."""
+    call("fallocate64", fd, _PUNCH, offset, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from msharefs.perms import PROT_RW
 from msharefs.readahead import Readahead
 from msharefs.region import Attachment, BackingKind, Region, Unshared
 from msharefs.vma import Arming, FileId, Vma
+
+log = logging.getLogger(__name__)
 
 
 @attrs.frozen
@@ -207,10 +210,32 @@ class LiveRegion:
         return self._filler
 
     def punch(self, ar: AddrRange) -> None:
-        """Give the memory of a range of offsets back, stashed or not."""
-        self.backing.punch(ar)
+        """Give the memory of a range of offsets back, stashed or not; what is mapped there stays promised."""
+        if self.backing.kind is BackingKind.HUGETLB:
+            start = self.model.ar.start
+            for vma in self.model.mm.vmas.overlapping(ar.moved(start)):
+                self._drop(vma.clipped(ar.moved(start)))
+            for hole in self.model.mm.vmas.holes(ar.moved(start)):
+                self.backing.punch(hole.moved(-start))
+        else:
+            self.backing.punch(ar)
         if self._stash is not None:
             punch(self._stash, ar)
+
+    def _drop(self, vma: Vma) -> None:
+        """Have nothing left of what was in the place of a mapping. What may be touched meanwhile stays, as zeros."""
+        for part in self.held(vma.ar.moved(-self.model.ar.start)):
+            if vma.source is None and vma.prot & PROT_RW:
+                hugetlb.zero(self.backing.fd, part)
+            else:
+                self.empty(part)
+
+    def empty(self, part: AddrRange) -> None:
+        """Take pages that are there, and that nobody may touch, out of the backing; they stay promised if possible."""
+        lost = self.backing.empty(part)
+        if lost:
+            name = self.model.name or self.model.id
+            log.warning("region %s: others took %d huge pages that it was promised; %s", name, lost, hugetlb.CURE)
 
     def put(self, data: bytes, offset: int) -> None:
         """Put whole pages into the backing, and no neighbour of theirs; what is there is written over."""
@@ -269,9 +294,14 @@ class LiveRegion:
             mm.sync((part.moved(mm.ar.start) for part in present), huge=self.backing.kind is not BackingKind.SMALL)
             self._refreshed = mm.table.changes, size
 
-    def reserve(self, ar: AddrRange) -> None:
-        """Have memory promised for what is mapped in the host range ``ar``. Raises NoMemoryError."""
+    def reserve(self, ar: AddrRange, *, hidden: bool = False) -> None:
+        """Have memory promised for what is mapped in the host range ``ar``. Raises NoMemoryError.
+
+        ``hidden``: only for what nobody may touch.
+        """
         for vma in self.model.mm.vmas.overlapping(ar):
+            if hidden and vma.prot & PROT_RW:
+                continue
             self.backing.reserve(vma.clipped(ar).ar.moved(-self.model.ar.start))
 
     async def prepare_to_punch(self, ar: AddrRange) -> None:

@@ -33,9 +33,12 @@ def mount_tmpfs(path: Path, options: str) -> None:
     _mount(path, b"tmpfs", options)
 
 
-def mount_hugetlbfs(path: Path) -> None:
-    """Mount a fresh hugetlbfs of 2 MiB pages, for root only."""
-    _mount(path, b"hugetlbfs", "pagesize=2M")
+def mount_hugetlbfs(path: Path, *, least: int = 0) -> None:
+    """Mount a fresh hugetlbfs of 2 MiB pages, for root only. It keeps ``least`` bytes for its files.
+
+    Raises OSError, ENOMEM when the pool has not got that much.
+    """
+    _mount(path, b"hugetlbfs", "pagesize=2M" + (f",min_size={least}" if least else ""))
 
 
 def _mount(path: Path, kind: bytes, options: str) -> None:

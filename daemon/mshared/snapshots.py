@@ -159,7 +159,7 @@ class Snapshots:
         mm = forking.fork(origin.model.mm)
         model = self._namespace.fork(origin.model, mm, wish.name, wish.mode, who)
         try:
-            made = self._store.create(model.id, model.backing, mm.ar.size)
+            made = self._store.create(model.id, model.backing, mm.ar.size, fork=True)
         except BaseException:
             self._namespace.abandon(model)
             mm.lineage.leave(mm)

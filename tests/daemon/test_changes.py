@@ -292,6 +292,22 @@ class TestNoMemory:
         assert "undone: No space left" in caplog.text
         assert not world.region.changing
 
+    def test_what_cannot_be_had_again_stays_inaccessible(
+        self, world: World, full: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody may see zeros where there are contents."""
+
+        def nothing_free(*_args: object, **_kwargs: object) -> None:
+            raise NoMemoryError("no pages")
+
+        world.write(4)
+        full.append(errno.ENOSPC)
+        monkeypatch.setattr(type(world.region), "reserve", nothing_free)
+        with pytest.raises(NoMemoryError, match="no memory for the change"):
+            world.mprotect(4, 1, 0)
+        assert world.vmas() == [(0, 4, 3), (4, 1, 0), (5, 507, 3)]
+        assert "stays inaccessible: no pages" in caplog.text
+
     def test_so_is_giving_back(self, world: World, full: list[int]) -> None:
         world.write(4)
         world.mprotect(4, 1, 0)

@@ -292,6 +292,29 @@ class TestContents:
         assert [os.pread(fd, 1, at) for at in edges] == [b"\0", b"\0", b"a", b"a", b"b", b"b", b"\0"]
         assert mappings() == 0
 
+    def test_zeros_are_put_where_they_are_meant(self, fd: int, before: Pool) -> None:
+        hugetlb.allocate(fd, pages(0, 4))
+        for page in range(4):
+            hugetlb.overwrite(fd, page * HUGE, b"a" * HUGE)
+        hugetlb.zero(fd, pages(1, 3))
+        edges = (0, HUGE - 1, HUGE, 3 * HUGE - 1, 3 * HUGE)
+        assert [os.pread(fd, 1, at) for at in edges] == [b"a", b"a", b"\0", b"\0", b"a"]
+        assert (mappings(), pool()) == (0, before.with_region(mapped=4, touched=4))
+
+    def test_pages_that_went_and_are_not_to_be_had_end_nobody(self, fd: int) -> None:
+        """A store of the daemon's own would be a SIGBUS."""
+        hugetlb.allocate(fd, pages(1, 2))
+        other = os.memfd_create("huge", os.MFD_HUGETLB)
+        try:
+            os.ftruncate(other, SIZE)
+            hugetlb.reserve(other, pages(0, pages_left()))
+            hugetlb.zero(fd, pages(0, 3))
+            with pytest.raises(OSError, match=os.strerror(errno.EFAULT)):
+                hugetlb.overwrite(fd, HUGE, bytes(2 * HUGE))
+        finally:
+            os.close(other)
+        assert hugetlb.present(fd, pages(0, 3), None) == [pages(1, 2)]
+
     def test_what_cannot_be_had_is_an_error(self, fd: int) -> None:
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             hugetlb.allocate(fd, pages(0, pages_left() + 1))
@@ -312,19 +335,64 @@ def backing(before: Pool, store: BackingStore) -> Iterator[Backing]:
     made.close()
 
 
+def kept(backing: Backing) -> int:
+    """How many pages its filesystem keeps when the file has let some go."""
+    return int(backing.mount is not None)
+
+
 class TestBacking:
     """The file of a region in huge pages."""
 
-    def test_making_one_takes_nothing(self, backing: Backing, before: Pool) -> None:
+    def test_making_one_takes_a_page_at_most(self, backing: Backing, before: Pool) -> None:
         assert os.fstat(backing.fd).st_size == SIZE
-        assert pool() == before
+        assert pool() == before.with_region(mapped=0, touched=0, kept=kept(backing))
 
     def test_its_memory_is_promised_taken_and_given_back(self, backing: Backing, before: Pool) -> None:
         backing.reserve(pages(0, 8))
         hugetlb.allocate(backing.fd, pages(0, 3))
         assert pool() == before.with_region(mapped=8, touched=3)
         backing.punch(pages(0, 2))
-        assert pool() == before.with_region(mapped=6, touched=1)
+        assert pool() == before.with_region(mapped=6, touched=1, kept=kept(backing))
+
+    def test_what_is_emptied_is_promised_whoever_else_wants_it(
+        self, backing: Backing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All that is free goes to somebody else at the worst moment; without a mount of its own a page is lost."""
+        backing.reserve(pages(0, 8))
+        hugetlb.allocate(backing.fd, pages(0, 4))
+        other = os.memfd_create("huge", os.MFD_HUGETLB)
+        os.ftruncate(other, SIZE)
+        punch = libc.punch
+
+        def punch_late(fd: int, offset: int, size: int) -> None:
+            punch(fd, offset, size)
+            taken = os.fstat(other).st_blocks * 512
+            os.posix_fallocate(other, 0, taken + pages_left() * HUGE) if pages_left() else None
+
+        monkeypatch.setattr(libc, "punch", punch_late)
+        try:
+            lost = backing.empty(pages(0, 2))
+            assert lost == (0 if kept(backing) else 2)
+            assert hugetlb.present(backing.fd, pages(0, 8), None) == [pages(2, 4)]
+            hugetlb.allocate(backing.fd, pages(lost, 8))
+        finally:
+            os.close(other)
+
+    @pytest.mark.usefixtures("before")
+    def test_one_that_the_pool_has_no_page_for(self, store: BackingStore, directory: Path) -> None:
+        """The mount of its own takes one; a memfd takes none before something is mapped."""
+        other = os.memfd_create("huge", os.MFD_HUGETLB)
+        try:
+            os.ftruncate(other, SIZE)
+            hugetlb.reserve(other, pages(0, pages_left()))
+            if isinstance(store, MountedStore):
+                with pytest.raises(NoMemoryError, match=r"not even one huge page is free; raise vm.nr_hugepages"):
+                    store.create(RegionId(8), BackingKind.HUGETLB, SIZE)
+                assert list((directory / "hugetlb").iterdir()) == []
+            else:
+                store.create(RegionId(8), BackingKind.HUGETLB, SIZE).close()
+        finally:
+            os.close(other)
 
     def test_what_is_there_is_written_over(self, backing: Backing) -> None:
         hugetlb.allocate(backing.fd, pages(1, 2))

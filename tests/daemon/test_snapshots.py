@@ -61,11 +61,11 @@ class FullStore(MemfdStore):
 
     room = 1 << 30
 
-    def create(self, *args: Any) -> Backing:
+    def create(self, *args: Any, **kwargs: Any) -> Backing:
         if not self.room:
             raise NoSpaceError("no room")
         self.room -= 1
-        return super().create(*args)
+        return super().create(*args, **kwargs)
 
 
 class World:
