@@ -338,6 +338,7 @@ class LiveRegion:
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
         self.closed = True
+        self.journal.ended(self.model)
         for file in self.files.values():
             file.close()
         self.files.clear()

@@ -12,11 +12,14 @@ from itertools import islice
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Final
 
+import attrs
+
+from mshared import processes
 from msharefs import uffd_abi as abi
 from msharefs.addr import Address
 from msharefs.effects import Allow, Bring, Deliver, Fill, Preserve, ZeroFill
 from msharefs.effects import Answer as Effect
-from msharefs.perms import PROT_RW, Access, Credentials, FileAccess
+from msharefs.perms import PROT_RW, Access, Credentials, FileAccess, Ownership
 from msharefs.region import Region
 from msharefs.reports import Refusal, TraceEvent
 from msharefs.vma import Vma
@@ -33,11 +36,23 @@ _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 _HOW: Final = {ZeroFill: "zero", Allow: "allow", Fill: "file", Bring: "copy", Preserve: "copy", Deliver: "refuse"}
 
 
+@attrs.define
+class _Entry:
+    """A refusal, and who may see it: whoever may read the region now, or might when it ended."""
+
+    of: Region | Ownership
+    refusal: Refusal
+
+    @property
+    def owner(self) -> Ownership:
+        return self.of.owner if isinstance(self.of, Region) else self.of
+
+
 class Journal:
     """The last refusals of each owner's regions."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, deque[tuple[Region, Refusal]]] = {}
+        self._kept: dict[int, deque[_Entry]] = {}
         self._count = 0
 
     def refused(self, live: LiveAttachment, addr: int, pid: int, tid: int, sent: str, access: Access | None) -> None:
@@ -63,13 +78,20 @@ class Journal:
             prot=int(vma.prot) if vma else None,
             file=vma.source.file if vma and vma.source else None,
         )
-        self._kept.setdefault(region.owner.uid, deque(maxlen=MOST_REFUSALS)).append((region, refusal))
+        self._kept.setdefault(region.owner.uid, deque(maxlen=MOST_REFUSALS)).append(_Entry(region, refusal))
 
     def seen_by(self, who: Credentials, after: int) -> list[Refusal]:
         """Those with a higher number than ``after`` of regions whose statistics ``who`` may read, in order."""
-        kept = (entry for entries in self._kept.values() for entry in entries)
-        may_see = [r for region, r in kept if r.number > after and region.owner.allows(who, FileAccess.READ)]
+        kept = (entry for entries in self._kept.values() for entry in entries if entry.refusal.number > after)
+        may_see = [entry.refusal for entry in kept if entry.owner.allows(who, FileAccess.READ)]
         return sorted(may_see, key=lambda refusal: refusal.number)
+
+    def ended(self, region: Region) -> None:
+        """Hold on to a region no longer: its page tables may be large."""
+        for entries in self._kept.values():
+            for entry in entries:
+                if entry.of is region:
+                    entry.of = region.owner
 
 
 class Trace:
@@ -120,7 +142,7 @@ def trace(live: LiveAttachment, flags: int, addr: int, tid: int, since: int, too
         TraceEvent(
             time_ns=since,
             duration_ns=took,
-            pid=live.model.pid or 0,
+            pid=live.model.pid or processes.process_of_thread(tid) or 0,
             tid=tid,
             offset=addr - live.model.window.start,
             access=access_of(flags).value,

@@ -115,6 +115,14 @@ def test_a_screen_is_never_higher_than_the_terminal() -> None:
     assert len(console.render_lines(screen(sample, "name", 20))) <= 20
 
 
+def test_a_narrow_terminal_cuts_columns_and_wraps_nothing() -> None:
+    from rich.console import Console
+
+    sample = Sample([region("a-region-with-a-rather-long-name", resident=5 << 30) for _ in range(8)], [])
+    console = Console(width=60, height=20)
+    assert len(console.render_lines(screen(sample, "name", 20))) <= 20
+
+
 class Terminal:
     """``mshare top`` at a terminal of its own."""
 

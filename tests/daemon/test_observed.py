@@ -78,6 +78,16 @@ class TestRefusals:
         numbers = [refusal.number for refusal in world.region.journal.seen_by(ROOT, 0)]
         assert numbers == [1, *range(12, MOST_REFUSALS + 12)]
 
+    def test_hold_on_to_no_region_that_has_ended(self, world: World) -> None:
+        """Who could read it then may see them; its page tables are not kept for that."""
+        refuse(world)
+        world.region.model.owner = Ownership(5, 5, 0o600)
+        journal, model = world.region.journal, world.region.model
+        journal.ended(model)
+        assert [entry.of for entries in journal._kept.values() for entry in entries] == [model.owner]
+        model.owner = Ownership(6, 6, 0o600)
+        assert [len(journal.seen_by(Credentials(uid, uid), 0)) for uid in (5, 6)] == [1, 0]
+
     def test_are_listed_from_a_number_on(self, world: World) -> None:
         for _ in range(3):
             refuse(world)

@@ -83,7 +83,9 @@ def heat(mount: Path | None, name: str, *, out: Path | None, as_json: bool) -> N
     if out is not None and out.suffix.lower() not in (".svg", ".png"):
         raise click.BadParameter("a picture is a file that ends in .svg or .png", param_hint="'--out'")
     place = served_mount(mount)
-    columns = max(8, min(_MOST_COLUMNS, shutil.get_terminal_size().columns - _LABEL))
+    columns = _MOST_COLUMNS
+    if render.is_fancy():
+        columns = max(8, min(columns, shutil.get_terminal_size().columns - _LABEL))
     with about_region(name):
         found = inspect.stat(name, place)
         picture = take(found, inspect.heat(name, columns * _ROWS, place), columns)

@@ -15,6 +15,7 @@ import click
 from msharefs.units import format_size
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
     from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -117,7 +118,8 @@ def rich_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Tabl
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
+        justify: JustifyMethod = "right" if column.right else "left"
+        table.add_column(column.title, justify=justify, no_wrap=True, overflow="ellipsis")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: a name like "[bold]" is no markup.
     return table
