@@ -1,0 +1,202 @@
+"""The C client against a daemon that answers as the test says: what it reads, and what it does of nonsense."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from c_client import CClient, compiled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from msharefs import protocol
+
+SIZE = 2 << 20
+OFFER = {"op": "offer", "offer": 1, "inode": 16, "addr": 0x5100_0000_0000, "size": SIZE, "readonly": False}
+OFFER |= {"device": False, "page": 4096, "used": None}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("c"))
+
+
+@pytest.fixture
+def c(program: Path, fake_daemon: Any) -> Iterator[CClient]:
+    (fake_daemon.mount / "it").touch()
+    with contextlib.closing(CClient(program, fake_daemon.mount)) as c:
+        yield c
+
+
+def packet(body: object, descriptors: int = 0) -> bytes:
+    """One of this protocol, whatever it says."""
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return protocol.HEADER.pack(protocol.MAGIC, protocol.VERSION, descriptors) + text
+
+
+@pytest.fixture
+def offers(fake_daemon: Any) -> Callable[..., None]:
+    """Have the daemon answer an attach with an offer of a memfd, some fields changed."""
+
+    def answer(changed: dict[str, Any], count: int = 1) -> None:
+        def offer(_request: object, _fds: list[int]) -> tuple[bytes, list[int]]:
+            fds = [os.memfd_create("backing") for _ in range(count)]
+            os.ftruncate(fds[0], SIZE)
+            body = {key: value for key, value in (OFFER | changed).items() if value != "absent"}
+            return packet(body, count), fds
+
+        fake_daemon.on[protocol.Attach] = offer
+        fake_daemon.on[protocol.Mapped] = lambda _request, _fds: protocol.Attached(7)
+        fake_daemon.on[protocol.Abort] = lambda _request, _fds: protocol.Done()
+
+    return answer
+
+
+def test_it_says_what_python_says(c: CClient, fake_daemon: Any, offers: Callable[..., None]) -> None:
+    """The same messages in the same order; the ticket, and two userfaultfds, go along."""
+    offers({"used": 5000, "news": "to be ignored"})
+    counts: list[int] = []
+    fake_daemon.on[protocol.Mapped] = lambda _request, fds: counts.append(len(fds)) or protocol.Attached(7)
+    fake_daemon.on[protocol.Detach] = lambda _request, _fds: protocol.Done()
+    c.do("attach 0 it")
+    assert c.ask("show 0") == f"0x510000000000 {SIZE} 5000 0"
+    c.do("touch 0 0 1")
+    c.do("detach 0")
+    hello, attach, mapped, detach = fake_daemon.heard
+    assert hello == protocol.Hello(f"C pid {c.process.pid}")
+    assert attach == protocol.Attach(None, 0)
+    assert (mapped.offer, mapped.addr, mapped.staged) == (1, OFFER["addr"], ())
+    assert mapped.anchor % 4096 == 0
+    assert detach == protocol.Detach(7)
+    assert counts == [2]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"MSHR",
+        b"nonsense and more",
+        protocol.HEADER.pack(b"MSHR", 2, 0) + b'{"op":"done"}',
+        protocol.HEADER.pack(b"MSHR", 257, 0) + b'{"op":"done"}',
+        packet(b""),
+        packet(b"[]"),
+        packet(b"{"),
+        packet(b"{}"),
+        packet(b"{} {}"),
+        packet(b'{"op"}'),
+        packet(b'{"op":}'),
+        packet(b'{"op":"offer",}'),
+        packet(b'{"op":"off'),
+        packet(b'{"op":"offer"'),
+        packet(b'{"op":"offer" "offer":1}'),
+        packet(b"{'op':'offer'}"),
+        packet(b'{"op":"offer\\q"}'),
+        packet(b'{"op":"offer\\u12"}'),
+        packet(b'{"op":"offer\n"}'),
+        packet(b'{"op":"offer"}\0'),
+        packet(b'{"op":["offer"]}'),
+        packet(b'{"op":{}}'),
+        packet(b'{"op":tru}'),
+        packet(b'{"op":5}'),
+        packet({"op": "done"}),
+        packet({"op": "x" * 5000}),
+        packet({"op": "failed"}),
+        packet({"op": "failed", "errno": 0, "message": ""}),
+        packet({"op": "failed", "errno": 1 << 40, "message": ""}),
+        packet({"op": "failed", "errno": -1, "message": ""}),
+        packet({"op": "failed", "errno": True, "message": ""}),
+    ],
+)
+def test_what_is_not_understood_is_eproto(c: CClient, fake_daemon: Any, answer: bytes) -> None:
+    """And what comes next is."""
+    fake_daemon.on[protocol.Attach] = lambda _request, _fds: answer
+    assert c.errno_of("attach 0 it") == errno.EPROTO
+    fake_daemon.on[protocol.Attach] = lambda _request, _fds: protocol.Failed(errno.EXDEV, 'no: "quotes", \\ and ä𝄞\t')
+    assert c.ask("attach 0 it") == f'errno {errno.EXDEV} no: "quotes", \\ and ä𝄞\t'
+
+
+@pytest.mark.parametrize(
+    ("changed", "count"),
+    [
+        *(({key: "absent"}, 1) for key in ("offer", "inode", "addr", "size", "readonly", "device")),
+        *(({key: None}, 1) for key in ("offer", "inode", "addr", "size", "readonly", "device")),
+        ({"size": 1 << 64}, 1),
+        ({"size": 1.5}, 1),
+        ({"readonly": "yes"}, 1),
+        ({}, 2),
+        ({"device": True}, 1),
+        ({"device": True}, 3),
+    ],
+)
+def test_an_offer_that_lacks_something_is_eproto_and_leaves_nothing(
+    c: CClient, offers: Callable[..., None], changed: dict[str, Any], count: int
+) -> None:
+    offers(changed, count)
+    assert c.errno_of("attach 0 it") == errno.EPROTO
+    before = c.descriptors()
+    assert c.errno_of("attach 0 it") == errno.EPROTO
+    assert c.descriptors() == before
+
+
+def test_a_window_that_the_daemon_refuses_is_given_up(
+    c: CClient, fake_daemon: Any, offers: Callable[..., None]
+) -> None:
+    offers({})
+    fake_daemon.on[protocol.Mapped] = lambda _request, _fds: protocol.Failed(errno.ENOENT, "gone meanwhile")
+    for _ in range(2):
+        assert c.ask("attach 0 it") == f"errno {errno.ENOENT} gone meanwhile"
+    assert protocol.Abort(1) in fake_daemon.heard
+    fake_daemon.on[protocol.Mapped] = lambda _request, _fds: protocol.Attached(7)
+    c.do("attach 0 it")
+
+
+def test_while_a_region_is_being_made_it_asks_again(c: CClient, fake_daemon: Any, offers: Callable[..., None]) -> None:
+    offers({})
+    offer = fake_daemon.on[protocol.Attach]
+    left = [5]
+
+    def later(request: object, fds: list[int]) -> object:
+        left[0] -= 1
+        return offer(request, fds) if not left[0] else protocol.Failed(errno.EAGAIN, "try again")
+
+    fake_daemon.on[protocol.Attach] = later
+    c.do("attach 0 it")
+    assert left == [0]
+
+
+def test_of_a_daemon_that_hangs_up_the_next_is_asked(c: CClient, fake_daemon: Any, offers: Callable[..., None]) -> None:
+    offers({})
+    fake_daemon.on[protocol.Attach], offer = (lambda _request, _fds: None), fake_daemon.on[protocol.Attach]
+    assert c.errno_of("attach 0 it") == errno.ECONNRESET
+    fake_daemon.on[protocol.Attach] = offer
+    c.do("attach 0 it")
+    fake_daemon.stop()
+    fake_daemon.start()
+    fake_daemon.on[protocol.Detach] = lambda _request, _fds: protocol.Done()
+    c.do("detach 0")
+
+
+def test_a_daemon_that_does_not_welcome_it_is_told(c: CClient, fake_daemon: Any) -> None:
+    fake_daemon.welcome = protocol.Failed(errno.EPERM, "not you")
+    assert c.ask("attach 0 it") == f"errno {errno.EPERM} not you"
+    fake_daemon.welcome = protocol.Done()
+    assert c.errno_of("attach 0 it") == errno.EPROTO
+
+
+LETTERS = st.characters(exclude_characters="\n\0", exclude_categories=("Cs",)) | st.integers(0xDC80, 0xDCFF).map(chr)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(LETTERS, max_size=40), ascii_only=st.booleans())
+def test_any_text_is_read_as_it_was_written(c: CClient, fake_daemon: Any, text: str, *, ascii_only: bool) -> None:
+    """Escaped, as our own daemon does, or as UTF-8 where that can be."""
+    plain = all(ord(letter) < 0xDC80 or ord(letter) > 0xDCFF for letter in text)
+    body = json.dumps({"op": "failed", "errno": 5, "message": text}, ensure_ascii=ascii_only or not plain)
+    fake_daemon.on[protocol.Attach] = lambda _request, _fds: packet(body.encode())
+    assert os.fsencode(c.ask("attach 0 it")) == b"errno 5 " + os.fsencode(text)

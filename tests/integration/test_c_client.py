@@ -1,0 +1,275 @@
+"""The C client and the daemon: regions that Python has made, touched and ended from C."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from c_client import ROOT, CClient, compiled
+from conftest import Client, Daemon
+
+MIB = 1 << 20
+NOBODY = 65534
+Condition = Callable[[Callable[[], bool]], None]
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    """Where other users may run it, too."""
+    with tempfile.TemporaryDirectory(prefix="msharefs-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield compiled(Path(directory))
+
+
+@pytest.fixture
+def start(program: Path, daemon: Daemon) -> Iterator[Callable[..., CClient]]:
+    started: list[CClient] = []
+
+    def start(of: Daemon | None = None, uid: int | None = None) -> CClient:
+        started.append(CClient(program, (of or daemon).mount, None if uid is None else lambda: drop(uid)))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def drop(uid: int) -> None:
+    """Become another user, after fork and before exec."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+
+
+@pytest.fixture
+def c(start: Callable[..., CClient]) -> CClient:
+    return start()
+
+
+@pytest.fixture
+def maker(client: Callable[..., Client], name: str) -> Client:
+    """Python, on a region of 4 MiB, the third of which is a hole."""
+    maker = client()
+    maker.do(f"r = mshare.mshare({name!r}, None, 4 * MIB, CREATE); r.munmap(2 * MIB, MIB); r.buf[5] = 42")
+    return maker
+
+
+def attached(maker: Client) -> int:
+    return int(maker.ask("r.stat().attached"))
+
+
+def test_both_see_what_the_other_stores_at_the_same_address(maker: Client, c: CClient, name: str) -> None:
+    c.do(f"attach 0 {name}")
+    assert c.ask("show 0") == f"{maker.ask('hex(r.address)')} {4 * MIB} {4 * MIB} 0"
+    assert c.ask("touch 0 5") == "42"
+    c.do(f"touch 0 {4 * MIB - 1} 43")
+    assert maker.ask("r.buf[-1]") == 43
+    assert attached(maker) == 2
+
+
+def test_what_may_not_be_touched_is_a_signal_with_its_address(maker: Client, c: CClient, name: str) -> None:
+    c.do(f"attach 0 {name}")
+    assert c.ask(f"touch 0 {2 * MIB + 8}") == f"signal {signal.SIGBUS} {2 * MIB + 8}"
+    maker.do("r.mprotect(0, PAGE, mmap.PROT_READ)")
+    assert c.ask("touch 0 7 1") == f"signal {signal.SIGSEGV} 7"
+    assert c.ask("touch 0 5") == "42"
+    maker.do("r.mmap(PAGE, offset=2 * MIB)")
+    assert c.ask(f"touch 0 {2 * MIB + 8}") == "0"
+
+
+def test_a_window_for_reading_cannot_write(maker: Client, c: CClient, name: str) -> None:
+    c.do(f"attach 0 {name} ro")
+    assert c.ask("show 0").endswith(" 1")
+    assert c.ask("touch 0 5") == "42"
+    assert c.ask("touch 0 5 1") == f"signal {signal.SIGSEGV} 5"
+    maker.do("r.buf[5] = 44")
+    assert c.ask("touch 0 5") == "44"
+
+
+def test_a_second_window_must_be_elsewhere(maker: Client, c: CClient, name: str) -> None:
+    c.do(f"attach 0 {name}")
+    descriptors = c.descriptors()
+    assert c.errno_of(f"attach 1 {name}") == errno.EINVAL
+    assert c.errno_of(f"attach 1 {name} rw 600000001000") == errno.EINVAL
+    assert c.descriptors() == descriptors
+    c.do(f"attach 1 {name} rw 600000000000")
+    c.do("touch 1 9 3")
+    assert c.ask("touch 0 9") == "3"
+    c.do("detach 1")
+    assert c.descriptors() == descriptors
+    assert attached(maker) == 2
+
+
+def test_detached_it_is_no_reference_any_more(maker: Client, c: CClient, name: str) -> None:
+    descriptors = c.descriptors()
+    for _ in range(3):
+        c.do(f"attach 0 {name}")
+        assert attached(maker) == 2
+        c.do("detach 0")
+        assert attached(maker) == 1
+    assert c.descriptors() == descriptors + 1  # The connection.
+
+
+def test_one_that_is_killed_is_no_reference_any_more(
+    maker: Client, c: CClient, name: str, eventually: Condition
+) -> None:
+    c.do(f"attach 0 {name}")
+    c.process.kill()
+    eventually(lambda: attached(maker) == 1)
+
+
+def test_the_last_unlink_ends_the_region(maker: Client, c: CClient, name: str, daemon: Daemon) -> None:
+    assert c.errno_of(f"unlink {name}") == errno.EBUSY
+    c.do(f"attach 0 {name}")
+    c.do(f"attach 1 {name} rw 600000000000")
+    c.do(f"unlink {name}")
+    assert c.ask("show 0").startswith("(nil) ")
+    assert c.ask("show 1").startswith("(nil) ")
+    c.do("detach 0")
+    c.do("detach 1")
+    assert attached(maker) == 1
+    maker.do(f"mshare.mshare_unlink({name!r})")
+    assert name not in os.listdir(daemon.mount)
+    assert c.errno_of(f"unlink {name}") == errno.ENOENT
+
+
+def test_an_orphan_is_unlinked(maker: Client, c: CClient, name: str, daemon: Daemon) -> None:
+    maker.do("r.detach()")
+    c.do(f"unlink {name}")
+    assert name not in os.listdir(daemon.mount)
+
+
+@pytest.mark.parametrize("name", ["ä日𝄞", 'a"b\\c', "\x01\x7f", "\udcff\udce4x", "é\udced\udca0\udc80", "x" * 255])
+def test_any_name_can_be_said(client: Callable[..., Client], c: CClient, name: str, daemon: Daemon) -> None:
+    """Letters of UTF-8 and bytes that are none, as they stand in the mount."""
+    client().do(f"mshare.mshare({name!r}, None, 2 * MIB, CREATE).detach()")
+    c.do(f"attach 0 {name}")
+    c.do(f"unlink {name}")
+    assert name not in os.listdir(daemon.mount)
+
+
+def test_errors_have_their_numbers(c: CClient, name: str) -> None:
+    assert c.errno_of(f"attach 0 {name}") == errno.ENOENT
+    assert c.errno_of("attach 0 mshare_info") == errno.EINVAL
+    assert c.errno_of("attach 0 .metrics") == errno.EINVAL
+    assert c.errno_of("attach 0 a/b") == errno.EINVAL
+    assert c.errno_of(f"attach 0 {'x' * 256}") == errno.ENAMETOOLONG
+    assert c.errno_of("unlink .regions") == errno.EINVAL
+
+
+def test_another_user_may_do_what_the_mode_allows(maker: Client, start: Callable[..., CClient], name: str) -> None:
+    other = start(uid=2001)
+    assert other.errno_of(f"attach 0 {name} ro") == errno.EACCES
+    assert other.errno_of(f"unlink {name}") == errno.EACCES
+    maker.do(f"os.chmod(find_mount() / {name!r}, 0o644)")
+    assert other.errno_of(f"attach 0 {name} rw") == errno.EACCES
+    other.do(f"attach 0 {name} ro")
+    assert other.ask("touch 0 5") == "42"
+    other.do(f"unlink {name}")
+    assert attached(maker) == 1
+
+
+def test_children_have_their_parents_windows(maker: Client, c: CClient, name: str) -> None:
+    c.do(f"attach 0 {name}")
+    for command, said in (
+        ("touch 0 5", "42"),
+        (f"touch 0 {2 * MIB}", f"signal {signal.SIGBUS} {2 * MIB}"),
+        ("detach 0", "ok"),
+        (f"unlink {name}", "ok"),
+        (f"attach 1 {name} rw 600000000000", "ok"),
+    ):
+        assert c.ask(f"child {command}") == said
+        assert c.process.stdout is not None
+        assert c.process.stdout.readline() == b"status 0\n"
+    assert c.ask("touch 0 5") == "42"
+    c.do("detach 0")
+    assert attached(maker) == 1
+
+
+def test_with_a_daemon_that_sees_no_forks_children_have_none(
+    client: Callable[..., Client], start_daemon: Callable[..., Daemon], start: Callable[..., CClient], name: str
+) -> None:
+    """They would have to be armed before they touch anything."""
+    users = start_daemon(uid=NOBODY)
+    maker = client(users, uid=NOBODY)
+    maker.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE); r.buf[5] = 42; r.munmap(PAGE, PAGE)")
+    c = start(users, uid=NOBODY)
+    c.do(f"attach 0 {name}")
+    assert c.ask("touch 0 5") == "42"
+    assert c.ask("touch 0 4096") == f"signal {signal.SIGBUS} 4096"
+    assert c.ask("child touch 0 5").startswith(f"signal {signal.SIGSEGV} ")
+    maker.do("mshare.remove(r.name)")
+
+
+def test_the_mount_is_found_without_being_named(
+    maker: Client, program: Path, name: str, daemon: Daemon, tmp_path: Path
+) -> None:
+    """By its type and its owner, at a place whose name has a space; all others are hidden for this process."""
+    place = tmp_path / "with space"
+    place.mkdir()
+    hide = """
+        mount --bind "$1" "$2"
+        findmnt -rn -t fuse.msharefs -o TARGET | while read -r each; do
+            each=$(printf %b "$each")
+            [ "$each" = "$2" ] || umount -l "$each"
+        done
+        exec "$3"
+        """
+    command = ["unshare", "-m", "bash", "-ec", hide, "bash", str(daemon.mount), str(place), str(program)]
+    with contextlib.closing(CClient(command, None)) as c:
+        c.do(f"attach 0 {name}")
+        assert c.ask("touch 0 5") == "42"
+        assert f"in {place}:" in c.ask("attach 0 nothing")
+
+
+def test_of_a_block_as_much_is_told_as_is_used(client: Callable[..., Client], c: CClient) -> None:
+    client().do("s = mshare.SharedMemory('block', create=True, size=5000, track=False)")
+    c.do("attach 0 block")
+    assert c.ask("show 0").split()[1:] == [str(2 * MIB), "5000", "0"]
+    c.do("unlink block")
+
+
+def test_without_a_daemon_it_says_so(program: Path, tmp_path: Path) -> None:
+    with contextlib.closing(CClient(program, tmp_path)) as c:
+        answer = c.ask("attach 0 any")
+    assert answer.startswith(f"errno {errno.ENOENT} ")
+    assert "mshare up" in answer
+
+
+def test_the_example_of_the_readme_compiles_and_reads(
+    client: Callable[..., Client], daemon: Daemon, tmp_path: Path, program: Path
+) -> None:
+    """``program`` skips where there is no compiler."""
+    (block,) = re.findall(r"^```c\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    include, _, statements = block.partition("\n")
+    lines = ("#include <fcntl.h>", "#include <stdio.h>", include, "int main(void)", "{", statements, "return 0;", "}")
+    source = tmp_path / "example.c"
+    source.write_text("\n".join(lines))
+    command = [
+        "cc",
+        "-pthread",
+        "-I",
+        ROOT / "client/c",
+        source,
+        ROOT / "client/c/mshare.c",
+        "-o",
+        tmp_path / "example",
+    ]
+    subprocess.run(command, check=True)
+    client().do(
+        "mshare.mshare('greeting', None, 2 * MIB, CREATE).buf[:5] = b'hello'; mshare.region._attached[0].detach()"
+    )
+    env = {**os.environ, "MSHAREFS": str(daemon.mount)}
+    done = subprocess.run([tmp_path / "example"], env=env, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "hello\n"
+    assert "greeting" not in os.listdir(daemon.mount)
