@@ -283,8 +283,9 @@ class TestFix:
         assert "modprobe fuse\n  run that as root" in told.stdout
         assert lacking == []
 
-    def test_yes_alone_is_wrong_usage(self) -> None:
-        assert CliRunner().invoke(group, ["doctor", "--yes"]).exit_code == 2
+    @pytest.mark.parametrize("options", [["--yes"], ["--fix", "--json"]])
+    def test_what_makes_no_sense_is_wrong_usage(self, options: list[str]) -> None:
+        assert CliRunner().invoke(group, ["doctor", *options]).exit_code == 2
 
     def test_commands_run_until_one_fails(self, capfd: pytest.CaptureFixture[str]) -> None:
         assert fix.run([("echo", "one"), ("echo", "two")])

@@ -44,6 +44,8 @@ def doctor(context: click.Context, *, fix: bool, yes: bool, as_json: bool) -> No
     mount: Path | None = context.obj
     if yes and not fix:
         raise click.UsageError("--yes is for --fix")
+    if fix and as_json:
+        raise click.UsageError("--fix talks to people, --json to programs")
     machine = read_machine(mount)
     findings = examine(machine)
     if fix and fixing.fix(machine, findings, yes=yes):
