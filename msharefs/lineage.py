@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange, FrameNo, united
+from msharefs.addr import PMD_SIZE, Address, AddrRange, FrameNo, united
 from msharefs.armings import cut
 from msharefs.effects import Copy
 from msharefs.errors import InternalError, NoSpaceError
@@ -64,10 +64,10 @@ class Lineage:
         """What others refer to of the frames that ``mm`` has in ``ar``, each part with the oldest of them."""
         taken: list[AddrRange] = []
         for other in list(self.members.values()):
-            if not _may_share(mm, other, ar):
+            runs = _shared(mm, other, ar)
+            if not runs:
                 continue
             borders = [border for run in taken for border in (run.start, run.end)]
-            runs = [run for run, pte in other.table.runs(ar) if pte.frame == mm.frame_at(run.start)]
             for part in (part for run in runs for part in cut(run, borders)):
                 if not bisect_right(borders, part.start) % 2:
                     yield Copy(part, mm.store, other.store)
@@ -85,13 +85,14 @@ class Lineage:
         for other in self.members.values():
             if other is not heir and owner.store in other.borrowed:
                 other.borrowed.add(heir.store)
-            for run, pte in list(other.table.runs(copy.ar)) if _may_share(owner, other, copy.ar) else ():
-                if pte.frame == owner.frame_at(run.start):
-                    other.table.reassign(run, heir.frame_at(run.start))
+            for run in _shared(owner, other, copy.ar):
+                other.table.reassign(run, heir.frame_at(run.start))
 
 
-def _may_share(owner: HostMm, other: HostMm, ar: AddrRange) -> bool:
-    """Whether it is worth looking for frames of ``owner`` that ``other`` has in ``ar``: of one page that is quick."""
+def _shared(owner: HostMm, other: HostMm, ar: AddrRange) -> list[AddrRange]:
+    """Where in ``ar`` frames of ``owner`` are what ``other`` has; of one page that takes no search."""
     if owner.store not in other.borrowed:
-        return False
-    return ar.size > PAGE_SIZE or other.table.frame_at(ar.start) == owner.frame_at(ar.start)
+        return []
+    if ar.size == owner.page:
+        return [ar] if other.table.frame_at(ar.start) == owner.frame_at(ar.start) else []
+    return [run for run, pte in other.table.runs(ar) if pte.frame == owner.frame_at(run.start)]

@@ -85,15 +85,7 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self.top)
-        while isinstance(table, Directory):
-            below = table.entries.get(entry_index(addr, table.level))
-            if below is None:
-                return None
-            if isinstance(below, int):
-                return Pte.unpack(below)
-            table = below
-        word = table.words[entry_index(addr, 0)]
+        word = self._word(addr)
         return Pte.unpack(word) if word else None
 
     def set(self, addr: Address, pte: Pte) -> None:
@@ -194,10 +186,10 @@ class PageTable:
 
     def frame_at(self, addr: Address) -> FrameNo | None:
         """The frame of the 4 KiB at ``addr``, or None."""
-        pte = self.walk(addr)
-        if pte is None:
+        word = self._word(addr)
+        if not word:
             return None
-        return FrameNo(pte.frame + (addr % PMD_SIZE >> PAGE_SHIFT)) if pte.is_huge else pte.frame
+        return FrameNo((word >> PAGE_SHIFT) + (addr % PMD_SIZE >> PAGE_SHIFT if word & HUGE else 0))
 
     def reassign(self, ar: AddrRange, frame: FrameNo) -> None:
         """Have the pages of ``ar`` lie in consecutive other frames, in all page tables that share the entries.
@@ -259,6 +251,16 @@ class PageTable:
     def recount(self) -> tuple[list[int], int, int]:
         """Tables a level, pages and 2 MiB leaves, counted anew; InternalError for an empty table."""
         return counted(self.top, self.levels)
+
+    def _word(self, addr: Address) -> int:
+        """The entry that maps ``addr``, or 0."""
+        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self.top)
+        while isinstance(table, Directory):
+            below = table.entries.get(entry_index(addr, table.level), 0)
+            if isinstance(below, int):
+                return below
+            table = below
+        return table.words[entry_index(addr, 0)]
 
     def _own_top(self) -> Directory:
         """The top table, shared with nobody."""

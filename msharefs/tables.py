@@ -86,11 +86,14 @@ class Directory:
         """A duplicate for one of those that share it; they share what is below instead."""
         own = Directory(self.level)
         own.entries = self.entries.copy()
-        for below in own.entries.values():
-            if not isinstance(below, int):
-                below.refs += 1
+        for below in own.tables():
+            below.refs += 1
         self.refs -= 1
         return own
+
+    def tables(self) -> list[Directory | Leaf]:
+        """The tables among its entries."""
+        return [below for below in self.entries.values() if below.__class__ is not int]  # type: ignore[misc]
 
     def owned(self, index: int) -> Directory | Leaf | int | None:
         """The entry, which is shared with nobody from now on. Preconditions: nor is this table."""
@@ -104,9 +107,8 @@ def drop(table: Directory | Leaf) -> None:
     """Let a table hang in one place less; one that hangs nowhere lets go of what is below."""
     table.refs -= 1
     if not table.refs and isinstance(table, Directory):
-        for below in table.entries.values():
-            if not isinstance(below, int):
-                drop(below)
+        for below in table.tables():
+            drop(below)
 
 
 def counted(table: Directory | Leaf, levels: int) -> tuple[list[int], int, int]:
@@ -122,7 +124,7 @@ def counted(table: Directory | Leaf, levels: int) -> tuple[list[int], int, int]:
                 raise InternalError(f"leaf table counts {each.used} entries and holds {used}")
             pages += used
             continue
-        below = [entry for entry in each.entries.values() if not isinstance(entry, int)]
+        below = each.tables()
         for entry in below:
             if not (entry.used if isinstance(entry, Leaf) else entry.entries):
                 raise InternalError(f"empty table on level {entry.level}")
@@ -139,7 +141,7 @@ def hanging(tops: Iterable[Directory]) -> Counter[Directory | Leaf]:
         table = todo.pop()
         found[table] += 1
         if isinstance(table, Directory) and found[table] == 1:
-            todo += [below for below in table.entries.values() if not isinstance(below, int)]
+            todo += table.tables()
     return found
 
 

@@ -7,7 +7,6 @@ that: no byte of it is newer than what the relatives are to see.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -110,7 +109,7 @@ class Family:
         inside = copy.ar.moved(-mm.ar.start)
         try:
             for piece in inside.pieces(PMD_SIZE):
-                target.put_new(os.pread(source.fd, piece.size, piece.start), piece.start)
+                target.put_new_of(source, piece)
         except OSError:
             for part in target.held(inside):
                 target.backing.empty(part)

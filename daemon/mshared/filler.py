@@ -48,6 +48,19 @@ class Filler:
             return False
         return True
 
+    def take(self, piece: AddrRange, fd: int) -> bool:
+        """Have pages with what another file of the same kind has there; as ``copy``, but nothing is copied twice."""
+        source = libc.map_shared(fd, piece.size, piece.start, reserve=False, readable=True)
+        try:
+            self._uffd.copy_from(piece.moved(self._start), source)
+        except (FileExistsError, BlockingIOError):
+            if piece.size == self._page:
+                self._check(piece.start)
+            return False
+        finally:
+            libc.unmap(source, piece.size)
+        return True
+
     def _check(self, offset: int) -> None:
         """Of a huge page the kernel says that it is there also when none is to be had (hugetlb_mfill_atomic_pte)."""
         page = AddrRange.sized(offset, self._page)

@@ -9,6 +9,7 @@ from typing import Final
 
 _MAP_SHARED: Final = 1
 _MAP_NORESERVE: Final = 0x4000
+_PROT_READ: Final = 1
 _PROT_RW: Final = 3
 _PUNCH: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
@@ -39,14 +40,16 @@ def sysinfo() -> bytes:
     return _sysinfo.raw
 
 
-def map_shared(fd: int, size: int, offset: int = 0, *, reserve: bool = True, writable: bool = False) -> int:
+def map_shared(
+    fd: int, size: int, offset: int = 0, *, reserve: bool = True, readable: bool = False, writable: bool = False
+) -> int:
     """Map a file shared, anywhere; the address. Raises OSError.
 
-    Inaccessible, unless ``writable``. Without ``reserve`` hugetlbfs promises no pages.
+    Inaccessible, unless ``readable`` or ``writable``. Without ``reserve`` hugetlbfs promises no pages.
     """
     _libc.mmap.restype = ctypes.c_void_p
     flags = _MAP_SHARED if reserve else _MAP_SHARED | _MAP_NORESERVE
-    prot = _PROT_RW if writable else 0
+    prot = _PROT_RW if writable else _PROT_READ if readable else 0
     address = _libc.mmap(None, ctypes.c_size_t(size), prot, flags, fd, ctypes.c_long(offset))
     if address == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()

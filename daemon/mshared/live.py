@@ -19,7 +19,7 @@ from mshared.files import MappedFile, is_writable
 from mshared.filler import Filler
 from mshared.observed import Journal, Trace
 from mshared.uffd import Uffd
-from msharefs.addr import Address, AddrRange
+from msharefs.addr import PMD_SIZE, Address, AddrRange
 from msharefs.armings import cut
 from msharefs.effects import Arm
 from msharefs.perms import PROT_RW
@@ -254,6 +254,12 @@ class LiveRegion:
         if not self.filler().copy(offset, data):
             for at in range(0, len(data), size):
                 self.filler().copy(offset + at, data[at : at + size])
+
+    def put_new_of(self, source: Backing, piece: AddrRange) -> None:
+        """Put what another backing has in a range of offsets into this one; what is there stays."""
+        if piece.size == PMD_SIZE and self.filler().take(piece, source.fd):
+            return
+        self.put_new(source.read(piece.size, piece.start), piece.start)
 
     def add_file(self, fd: int) -> FileId:
         """Keep an opened file that is to be mapped."""

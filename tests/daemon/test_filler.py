@@ -78,6 +78,20 @@ def test_data_does_not_replace_what_is_there(fd: int, filler: Filler) -> None:
     assert page(6) not in list(extents(fd))
 
 
+def test_another_files_pages_are_taken_where_there_are_none(fd: int, filler: Filler) -> None:
+    other, piece = os.memfd_create("other"), AddrRange.sized(4 * PAGE_SIZE, 3 * PAGE_SIZE)
+    os.pwrite(other, b"a" * PAGE_SIZE + b"b" * PAGE_SIZE + b"c" * PAGE_SIZE, piece.start)
+    maps = Path("/proc/self/maps").read_text().count("\n")
+    assert filler.take(piece, other)
+    assert list(extents(fd)) == [piece]
+    assert os.pread(fd, 3 * PAGE_SIZE, piece.start) == os.pread(other, 3 * PAGE_SIZE, piece.start)
+    os.pwrite(fd, b"kept", piece.start)
+    assert not filler.take(piece, other)
+    assert os.pread(fd, 4, piece.start) == b"kept"
+    assert Path("/proc/self/maps").read_text().count("\n") == maps
+    os.close(other)
+
+
 def test_making_and_closing_one_leaves_nothing(fd: int, open_descriptors: Callable[[], int]) -> None:
     def here() -> tuple[int, int]:
         return open_descriptors(), Path("/proc/self/maps").read_text().count("backing")
