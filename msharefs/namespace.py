@@ -160,13 +160,13 @@ class Namespace:
         self._check_limits(origin.ar.size, who)
 
     def fork(self, origin: Region, mm: HostMm, name: str | None, mode: int, who: Credentials) -> Region:
-        """A region with a fork of the host mm of ``origin``, ready from the start. It ends as others do.
+        """A region with a fork of the host mm of ``origin``, ready from the start. It keeps its name.
 
         Preconditions: ``check_fork`` has passed.
         """
         owner = Ownership(who.uid, who.gid, mode)
         number = RegionId(next(self._region_ids))
-        region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "")
+        region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "", used=origin.used)
         self._by_id[number] = region
         if name is not None:
             self._by_name[name] = region

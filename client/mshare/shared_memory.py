@@ -14,10 +14,10 @@ import multiprocessing
 import os
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import managers, shared_memory
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from mshare import syscalls as sc
 from mshare.api import Mount, Terms, open_region, remove
@@ -155,12 +155,24 @@ class _OurServer(managers.SharedMemoryServer):
         self.shared_memory_context: Any = _OurTracker(self.shared_memory_context.shared_memory_context_name, [])
 
 
+_Block = SharedMemory
+_List = ShareableList
+_make_block = _with_ours(managers.SharedMemoryManager.SharedMemory, shared_memory=_OURS)
+_make_list = _with_ours(managers.SharedMemoryManager.ShareableList, shared_memory=_OURS)
+
+
 class SharedMemoryManager(managers.SharedMemoryManager):
     """The standard library's; its blocks are ``mshare.SharedMemory`` and go by unlink when it is shut down."""
 
     _Server = _OurServer
-    SharedMemory = _with_ours(managers.SharedMemoryManager.SharedMemory, shared_memory=_OURS)
-    ShareableList = _with_ours(managers.SharedMemoryManager.ShareableList, shared_memory=_OURS)
+
+    def SharedMemory(self, size: int) -> _Block:  # noqa: N802 - the standard library's name
+        """A new block of ``size`` bytes, which goes when the manager is shut down."""
+        return cast(_Block, _make_block(self, size))
+
+    def ShareableList(self, sequence: Iterable[Any] | None) -> _List:  # noqa: N802 - the standard library's name
+        """A new list with those items, which goes when the manager is shut down."""
+        return cast(_List, _make_list(self, sequence))
 
 
 def _new_name() -> str:

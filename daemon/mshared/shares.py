@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Final
 
 from mshared.lifetimes import Lifetimes
+from mshared.live import LiveRegion
 from mshared.tickets import MOST_WAITING
 from msharefs import protocol
 from msharefs.errors import QuotaError
@@ -52,9 +53,14 @@ class Shares:
         regions = self._lifetimes.regions()
         return (
             self.connections[uid] * CONNECTION
-            + sum(REGION + len(region.files) for region in regions if region.model.owner.uid == uid)
+            + sum(_of_region(region) for region in regions if region.model.owner.uid == uid)
             + sum(attachment.uid == uid for region in regions for attachment in region.attachments) * ATTACHMENT
         )
+
+
+def _of_region(region: LiveRegion) -> int:
+    """Those of its files, and the pidfd of its sponsor."""
+    return REGION + len(region.files) + region.model.kept
 
 
 def _needs(message: protocol.Message | None, files: int) -> int:

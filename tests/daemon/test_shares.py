@@ -29,8 +29,8 @@ class World:
     def regions(self) -> list[Any]:
         return self.found
 
-    def add(self, owner: int, files: int = 0, attached: tuple[int, ...] = ()) -> None:
-        model = SimpleNamespace(owner=SimpleNamespace(uid=owner))
+    def add(self, owner: int, files: int = 0, attached: tuple[int, ...] = (), *, kept: bool = False) -> None:
+        model = SimpleNamespace(owner=SimpleNamespace(uid=owner), kept=kept)
         attachments = [SimpleNamespace(uid=uid) for uid in attached]
         self.found.append(SimpleNamespace(model=model, files=range(files), attachments=attachments))
 
@@ -64,7 +64,8 @@ def test_what_a_user_has_counts_for_that_user_only(shares: Shares, world: World)
     shares.connections[EVIL] = 2
     world.add(EVIL, files=5, attached=(EVIL, EVIL, OTHER))
     world.add(OTHER, files=50, attached=(EVIL,))
-    assert left(shares) == MOST - 2 * CONNECTION - (REGION + 5) - 3 * ATTACHMENT
+    world.add(EVIL, kept=True)
+    assert left(shares) == MOST - 2 * CONNECTION - (REGION + 5) - (REGION + 1) - 3 * ATTACHMENT
     assert left(shares, OTHER) == MOST - (REGION + 50) - ATTACHMENT
 
 

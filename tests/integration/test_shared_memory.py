@@ -338,6 +338,13 @@ class TestPlaces:
         assert user.ask("(s.size, r.used)") == [2 * MIB, 2 * MIB]
         user.do("s.unlink()")
 
+    def test_a_fork_of_a_block_is_opened_as_one(self, user: Client, name: str) -> None:
+        user.do("s = mshare.SharedMemory('forked', create=True, size=5000); s.buf[0] = 1")
+        user.do(f"r = mshare.mshare('forked', 0x6000_0000_0000, 0, RW); r.fork({name!r}); s.buf[0] = 2; s.unlink()")
+        user.do(f"t = mshare.SharedMemory({name!r})")
+        assert user.ask("(t.size, t.buf[0], s.buf[0])") == [5000, 1, 2]
+        user.do("t.unlink()")
+
     def test_a_mount_that_was_named_goes_along_when_pickled(
         self, start_daemon: Callable[..., Daemon], user: Client
     ) -> None:

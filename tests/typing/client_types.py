@@ -5,7 +5,10 @@ A line with ``type: ignore`` is one that must be an error; mypy complains when i
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import assert_type
 
@@ -51,6 +54,29 @@ def numbers_have_types(region: mshare.Region) -> None:
     assert_type((stat.attached, stat.tables_shared), tuple[int, bool])
     stat.attached = 0  # type: ignore[misc]
     assert_type(region.maps(), list[mshare.Vma])
+
+
+def blocks_take_the_place_of_the_standard_librarys(block: mshare.SharedMemory) -> None:
+    theirs: shared_memory.SharedMemory = block
+    assert_type(mshare.SharedMemory("name", create=True, size=5, track=False, reserve=False), mshare.SharedMemory)
+    assert_type((theirs.name, block.size), tuple[str, int])
+    mshare.SharedMemory("name", True, 5, False)  # type: ignore[call-arg]
+    mshare.SharedMemory(5)  # type: ignore[arg-type]
+    with mshare.SharedMemoryManager() as manager:
+        assert_type(manager.SharedMemory(size=5), mshare.SharedMemory)
+        assert_type(manager.ShareableList([1, "a"]), mshare.ShareableList)
+        manager.SharedMemory("5")  # type: ignore[arg-type]
+
+
+def what_an_arena_makes_has_its_type(region: mshare.Region) -> None:
+    arena = mshare.Arena(region, threading.Lock())
+    assert_type(arena.new(Pair), Pair)
+    assert_type((arena.alloc(5), arena.root), tuple[int, int])
+    arena.new(int)  # type: ignore[type-var]
+
+
+class Pair(ctypes.Structure):
+    """Something to be put into an arena."""
 
 
 def a_call_gives_what_is_expected_of_it(link: Connection, reply: protocol.Message) -> None:
