@@ -73,6 +73,20 @@ def fork(mm: HostMm) -> HostMm:
     return twin
 
 
+def relax(mm: HostMm) -> list[Change]:
+    """Have memory native again of which nobody else has anything any more: the effects.
+
+    Preconditions: it is alone in its lineage, and so are its pages in its store.
+    """
+    before = mm.rule.over(mm.vmas, mm.ar)
+    mm.rule = attrs.evolve(mm.rule, forked=Arming.NATIVE)
+    mm.storable.forget()
+    mm.borrowed.clear()
+    for part in _stores(mm, [mm.ar]):
+        mm.table.change_flags(part, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
+    return mm.rule.rearm(mm.vmas, mm.ar, before, [])
+
+
 def to_preserve(mm: HostMm, ar: AddrRange) -> list[Copy]:
     """What relatives refer to of the pages in ``ar``, and who shall have it, before these change or go."""
     return [] if mm.lineage.alone else list(mm.lineage.claims(mm, ar))

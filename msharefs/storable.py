@@ -33,6 +33,10 @@ class Storable:
         """Where they may, in order; in all of ``whole`` if that is not known."""
         return [whole] if self._parts is None else united(sorted(self._parts))
 
+    def forget(self) -> None:
+        """Nothing is known, as in the beginning."""
+        self._parts = None
+
     def clear(self) -> None:
         """All stores are reported."""
         self._parts = []

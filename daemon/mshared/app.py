@@ -26,6 +26,7 @@ from mshared.changes import Changes
 from mshared.lifetimes import Lifetimes
 from mshared.notify import keep_watchdog, notify
 from mshared.pager import Pager
+from mshared.relaxing import Relaxing
 from mshared.reload import LogFile, reload_on_hangup
 from mshared.service import Service
 from mshared.sizes import keep_sizes
@@ -147,6 +148,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(keep_watchdog)
         nursery.start_soon(keep_sizes, service.lifetimes)
         nursery.start_soon(service.snapshots.prepare)
+        nursery.start_soon(Relaxing(service.lifetimes).run)
         await _until_served(config.mount)
         status = f"serving {config.mount}"
         if not sys.stderr.isatty():  # else SIGHUP says that the terminal has gone.

@@ -504,3 +504,40 @@ def test_pages_of_2_mib_are_shared_brought_and_preserved_whole() -> None:
     assert mm.fault(Fault(within, Access.WRITE, protected=True)).effect == Allow(second)
     assert (mm.table.huge_pages, twin.table.huge_pages, mm.table.pages) == (3, 3, 0)
     check(mm)
+
+
+class TestRelaxing:
+    """A region that is alone again is as it was before it was forked."""
+
+    def test_the_origin(self) -> None:
+        mm = mapped(0, 1024)
+        before = list(mm.armings())
+        twin = fork(mm)
+        mm.lineage.leave(twin)
+        assert forking.relax(mm) == [Arm(mm.ar, Arming.NATIVE)]
+        assert list(mm.armings()) == before == []
+        assert {pte.flags & (PteFlag.WRITE | PteFlag.UFFD_WP) for _, pte in mm.table.runs(mm.ar)} == {PteFlag.WRITE}
+        check_mm(mm)
+        assert forking.shield(mm) == [Arm(mm.ar, WP)]
+
+    def test_a_twin_that_has_all_it_needs(self) -> None:
+        mm = mapped(0, 2)
+        twin = fork(mm)
+        for copy in forking.to_bring(twin, twin.ar):
+            forking.copied(twin, copy)
+        mm.lineage.leave(mm)
+        assert forking.relax(twin) == [Arm(mm.ar, Arming.NATIVE)]
+        assert twin.borrowed == set()
+        check_mm(twin)
+        check_lineage(twin.lineage)
+
+    def test_what_was_armed_for_other_reasons_stays_so(self) -> None:
+        mm = mapped()
+        mm.munmap(pages(0, 100))
+        mm.mprotect(pages(100, 200), Prot.READ)
+        mm.mmap(pages(200, 300), 100 * PAGE_SIZE, fixed=True, replace=True, source=source(1, shared=True))
+        mm.mmap(pages(300, 400), 100 * PAGE_SIZE, fixed=True, replace=True, source=source(2, shared=False))
+        before = list(mm.armings())
+        mm.lineage.leave(fork(mm))
+        assert forking.relax(mm) == [Arm(pages(300, 400), MISSING), Arm(pages(400, 1024), Arming.NATIVE)]
+        assert list(mm.armings()) == before

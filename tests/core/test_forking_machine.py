@@ -485,6 +485,20 @@ class ForkingMachine(RuleBasedStateMachine):
             for page in ALL - needed:
                 self.memories[store][page] = None
 
+    @rule()
+    def relax(self) -> None:
+        """Who is alone, and so in possession of all that it has, is as if it had never been forked."""
+        if len(self.members) > 1:
+            return
+        (member,) = self.members.values()
+        if any(pages for _, pages in self.foreign(member)):
+            return
+        for effect in forking.relax(member.mm):
+            member.carry_out(effect, self.written)
+        pages = member.asked.writable() - {p for v in member.mm.vmas if v.source for p in self.kind.pages_of(v.ar)}
+        if not member.mm.paging_all and self.kind.granule == 1:
+            assert pages <= member.storable()
+
     # What must hold.
 
     def foreign(self, member: Member) -> Iterator[tuple[StoreNo, set[int]]]:

@@ -8,12 +8,22 @@ from collections.abc import Callable
 
 import pytest
 from conftest import Client, Daemon
-from twins import MIB, PAGE, SIGSEGV, files_of_regions, started
+from twins import MIB, PAGE, SIGBUS, SIGSEGV, files_of_regions, started
 
 NOBODY = 65534
 SIZE = 8 * MIB
 SOME = [0, 1, 7, 511, 512, 513, 1023, 1024, 1500, 2047]
 """Pages: those at borders of tables and of the region, and some between."""
+
+UNSEEN = """
+import itertools
+numbers = itertools.count(520)
+def unseen():
+    "Whether a store to a page that was not stored to before goes unseen."
+    before = r.stat().faults
+    r.buf[next(numbers) * PAGE] = 1
+    return r.stat().faults == before
+"""
 
 
 @pytest.fixture(params=["thp", "4k"])
@@ -251,6 +261,37 @@ class TestFamilies:
         eventually(lambda: daemon.descriptors() <= descriptors + 3)  # What puts single pages into the origin's memory.
         assert files_of_regions(daemon.state) == files
         assert origin.ask(f"marks(r, {SOME})") == [99] * len(SOME)
+
+
+class TestAlone:
+    """A region whose forks have ended is native again."""
+
+    def test_no_store_is_reported_any_more(
+        self, origin: Client, on: Callable[..., Client], eventually: Callable[[Callable[[], bool]], None]
+    ) -> None:
+        other, reader = on(), on(flags="RO")
+        origin.do("r.fork(name + '-s'); r.fork(name + '-t'); s = on(name + '-s'); mark(r, 2000, [0])")
+        origin.do(UNSEEN)
+        assert not origin.ask("unseen()")
+        origin.do("for twin in 'st': mshare.mshare_unlink(f'{name}-{twin}')")
+        eventually(lambda: origin.ask("unseen()"))
+        origin.do("before = r.stat().faults")
+        for number, c in enumerate((origin, other)):
+            c.do(f"mark(r, {3000 + number}, {SOME[number::2]})")
+        seen = [3000 + number % 2 for number in range(len(SOME))]
+        assert [c.ask(f"marks(r, {SOME})") for c in (origin, other, reader)] == [seen] * 3
+        assert origin.ask("r.stat().faults - before") == 0
+        origin.do(f"r.fork(name + '-u'); mark(r, 4000, {SOME})")
+        assert on("-u").ask(f"marks(r, {SOME})") == seen
+
+    def test_what_was_armed_otherwise_stays_so(
+        self, origin: Client, eventually: Callable[[Callable[[], bool]], None]
+    ) -> None:
+        origin.do("r.munmap(0, MIB); r.mprotect(4 * MIB, MIB, 1)")
+        origin.do(UNSEEN + "r.fork(name + '-s'); mshare.mshare_unlink(name + '-s')")
+        eventually(lambda: origin.ask("unseen()"))
+        assert origin.ask("fork('ctypes.memset(r.address + 4 * MIB, 1, 1)')") == -SIGSEGV
+        assert origin.ask("fork('r.buf[0]')") == -SIGBUS
 
 
 class TestWhoMay:
