@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from mshare.discovery import find_mount, read_info
 from mshare.region import Region
 from mshare.tickets import checked_name
 from mshare.window import RangeInUseError, has_relatives
-from msharefs.addr import PMD_SIZE, PUD_SIZE, round_up
+from msharefs.addr import PMD_SIZE, PUD_SIZE, WINDOW_END, WINDOW_START, round_up
 
 _TRIES: Final = 100
 """How often to look for another address when other threads take those that were free."""
@@ -115,10 +116,12 @@ class SharedMemory(shared_memory.SharedMemory):
     def _create(self, name: str | None, terms: Terms, mount: Path) -> Region:
         assert terms.used is not None
         info = read_info(mount)
-        align = max(info.align, PUD_SIZE if terms.backing == "hugetlb" else PMD_SIZE)
+        size = round_up(terms.used, max(info.align, PUD_SIZE if terms.backing == "hugetlb" else PMD_SIZE))
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+        if size > WINDOW_END - WINDOW_START:
+            raise OSError(errno.ENOMEM, f"{size} bytes are more than regions have addresses for")
         while True:
             self._name = f"/{name}" if name is not None else _new_name()
-            size, flags = round_up(terms.used, align), os.O_CREAT | os.O_EXCL | os.O_RDWR
             try:
                 return open_region(checked_name(self._region_name), None, size, flags, terms, mount)
             except FileExistsError:

@@ -85,10 +85,13 @@ class TestSize:
         assert memory_of(daemon, "lazy") == 0
         user.do("s.unlink(); t.unlink()")
 
-    def test_what_the_machine_cannot_give_is_enomem_and_leaves_nothing(self, daemon: Daemon, user: Client) -> None:
-        error = user.error_of("mshare.SharedMemory(create=True, size=1 << 44)")
+    @pytest.mark.parametrize(("size", "why"), [(44, "this machine has"), (50, "addresses"), (70, "addresses")])
+    def test_what_the_machine_cannot_give_is_enomem_and_leaves_nothing(
+        self, daemon: Daemon, user: Client, size: int, why: str
+    ) -> None:
+        error = user.error_of(f"mshare.SharedMemory(create=True, size=1 << {size})")
         assert error.errno == errno.ENOMEM
-        assert "this machine has" in error.text
+        assert why in error.text
         assert regions(daemon) == set()
 
     def test_what_the_daemon_may_not_give_is_enospc_and_leaves_nothing(
