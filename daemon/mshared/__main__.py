@@ -61,6 +61,13 @@ def octal_mode(text: str | int) -> int:
     help="What a touch of a hole is answered with.",
 )
 @click.option("--hugetlb-pool", type=size, metavar="SIZE", help="Add so much to the machine's pool of huge pages.")
+@click.option(
+    "--writeback",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    default=30,
+    help="Have mapped files hold stores after that time, unasked. [default: 30]",
+)
 @click.option("--max-bytes", type=size, metavar="SIZE", help="Sum of all region sizes at most.")
 @click.option("--max-regions", type=click.IntRange(min=1), help="Number of regions at most.")
 @click.option(
@@ -82,6 +89,7 @@ def main(
     paging: str,
     hole_signal: str,
     hugetlb_pool: int | None,
+    writeback: float,
     max_bytes: int | None,
     max_regions: int | None,
     mode: int,
@@ -101,7 +109,7 @@ def main(
         limits=Limits(max_regions=max_regions, max_bytes=max_bytes),
     )
     kind = BackingKind(backing) if backing else None
-    _run(mount, state_dir, policy, kind, mode, hugetlb_pool)
+    _run(mount, state_dir, policy, kind, mode, hugetlb_pool, writeback)
 
 
 def _run(
@@ -111,6 +119,7 @@ def _run(
     backing: BackingKind | None,
     mode: int,
     hugetlb_pool: int | None,
+    writeback: float,
 ) -> None:
     try:
         from mshared import app
@@ -123,7 +132,7 @@ def _run(
         place = Path(os.path.abspath(mount or app.default_mount()))  # noqa: PTH100 - resolve() would ask a dead mount
         state = state_dir.absolute() if state_dir else app.default_state_dir(place)
         os.chdir("/")
-        app.run(app.Config(place, state, policy, backing, mode, hugetlb_pool))
+        app.run(app.Config(place, state, policy, backing, mode, hugetlb_pool, writeback))
     except app.StartError as error:
         raise click.ClickException(str(error)) from None
 

@@ -52,7 +52,10 @@ class StartError(Exception):
 
 @attrs.frozen
 class Config:
-    """What the command line says. ``backing`` None: what this machine and user can have; ``hugetlb_pool`` in bytes."""
+    """What the command line says. ``backing`` None: what this machine and user can have; ``hugetlb_pool`` in bytes.
+
+    ``writeback``: seconds until stores to files are written without being asked.
+    """
 
     mount: Path
     state_dir: Path
@@ -60,6 +63,7 @@ class Config:
     backing: BackingKind | None = None
     mode: int = 0o1777
     hugetlb_pool: int | None = None
+    writeback: float = 30
 
 
 def default_mount() -> Path:
@@ -145,6 +149,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         nursery.start_soon(service.lifetimes.forks.run)
         nursery.start_soon(service.lifetimes.filling.run)
         nursery.start_soon(service.lifetimes.settling.run)
+        nursery.start_soon(service.lifetimes.settling.from_time_to_time, service.lifetimes.regions, config.writeback)
         nursery.start_soon(keep_watchdog)
         nursery.start_soon(keep_sizes, service.lifetimes)
         nursery.start_soon(service.snapshots.prepare)

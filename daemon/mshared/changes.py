@@ -14,9 +14,10 @@ import attrs
 import trio
 
 from mshared import apply
+from mshared.comparing import write_changed
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
-from mshared.writeback import flush
+from mshared.writeback import flush, sync_files
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.effects import Change
@@ -130,6 +131,9 @@ class Changes:
             ar = model.range_at(request.offset, request.length)
             model.mm.check_mapped(ar)
         await self._flush(live, ar)
+        if model.file is not None:
+            await write_changed(live.region)
+            await sync_files(live.region)
 
     async def mprotect(self, live: LiveAttachment, request: protocol.Mprotect) -> None:
         """Change the protection of a range (compare mprotect(2))."""

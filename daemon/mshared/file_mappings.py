@@ -16,7 +16,7 @@ from typing import Final
 import attrs
 import trio
 
-from mshared import libc
+from mshared import comparing, libc
 from mshared.answers import Caller, Pending
 from mshared.backing import Backing, BackingStore
 from mshared.changes import Opened, checked_prot, open_file
@@ -24,7 +24,7 @@ from mshared.files import TMPFS_MAGIC, filesystem
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from msharefs import protocol
-from msharefs.addr import PAGE_SIZE, PMD_SIZE
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, round_up
 from msharefs.errors import (
     AccessDeniedError,
     InvalidArgumentError,
@@ -74,12 +74,14 @@ class FileMappings:
         namespace: Namespace,
         lifetimes: Lifetimes,
         store: BackingStore,
-        default_backing: Callable[[str | None], BackingKind],
+        backing_kind: Callable[[str | None], BackingKind],
+        end_unused: Callable[[LiveRegion], None],
     ) -> None:
         self._namespace = namespace
         self._lifetimes = lifetimes
         self._store = store
-        self._backing_kind = default_backing
+        self._backing_kind = backing_kind
+        self._end_unused = end_unused
         self._regions: dict[FileKey, LiveRegion] = {}
 
     async def map(self, caller: Caller, request: protocol.MapFile, fd: int) -> tuple[LiveRegion, Pending] | str:
@@ -100,9 +102,8 @@ class FileMappings:
                 raise AccessDeniedError("the file was not opened for writing, or is sealed; open it O_RDWR")
             if file.why_not is not None:
                 return file.why_not
-            await self._settled(file.key)
             try:
-                return self._found_or_made(caller, wanted, file, file.memory or kind)
+                return await self._ready(caller, wanted, file, file.memory or kind)
             except (NoMemoryError, NoSpaceError, QuotaError, NotSupportedError) as error:
                 if request.backing is not None:
                     raise
@@ -122,6 +123,33 @@ class FileMappings:
                     )
             case _:
                 raise InvalidArgumentError("a shared mapping of a file is changed as a whole, by mprotect and munmap")
+
+    def attached(self, live: LiveRegion, *, readonly: bool) -> None:
+        """Note that somebody has a window."""
+        if live.digests is not None and not readonly:
+            live.digests.writers = True
+
+    async def _ready(
+        self, caller: Caller, wanted: Wanted, file: File, kind: BackingKind
+    ) -> tuple[LiveRegion, Pending] | str:
+        """The region, such that its descriptor can be handed out."""
+        while True:
+            await self._settled(file.key)
+            found = self._found_or_made(caller, wanted, file, kind)
+            if isinstance(found, str) or found[0].digests is None:
+                return found
+            live, pending = found
+            try:
+                async with live.lock:
+                    await (comparing.let_write(live) if file.writable else comparing.read_in(live))
+                    if not live.ended:
+                        return live, pending
+            except BaseException:
+                self._end_unused(live)
+                raise
+            finally:
+                if not live.attachments and not live.closed:
+                    self._lifetimes.settling.request(live)
 
     async def _settled(self, key: FileKey) -> None:
         """Wait until what was stored by a mapping that has ended is in the file."""
@@ -148,7 +176,7 @@ class FileMappings:
                 live.keep_better(file.fd)
         else:
             live = self._make(caller, wanted, file, kind)
-        unarmed = not file.writable and file.memory is not None
+        unarmed = not file.writable and (file.memory is not None or live.digests is not None)
         return live, Pending(live, readonly=not file.writable, creator=False, unarmed=unarmed)
 
     def _make(self, caller: Caller, wanted: Wanted, file: File, kind: BackingKind) -> LiveRegion:
@@ -163,20 +191,34 @@ class FileMappings:
         live = self._lifetimes.add_region(model, backing)
         live.settled.set()
         self._regions[file.key] = live
-        source = None
-        if file.memory is None:
-            source = FileSource(live.add_file(os.dup(file.fd)), wanted.offset, shared=True, writable=True)
         try:
-            model.mm.mmap(model.ar, model.ar.size, PROT_RW, fixed=True, source=source)
+            self._map(live, file, wanted.offset)
         except MshareError:
             self._namespace.abandon(model)
             self._lifetimes.forget(live)
             raise
         return live
 
+    def _map(self, live: LiveRegion, file: File, offset: int) -> None:
+        """Have the file mapped over all of a new region."""
+        ar, source = live.model.ar, None
+        compared = file.memory is None and live.model.backing is BackingKind.HUGETLB
+        if compared:
+            live.digests = comparing.Digests()
+            live.backing.reserve(AddrRange.sized(0, os.fstat(live.backing.fd).st_size))
+        if file.memory is None:
+            number = live.add_file(os.dup(file.fd))
+            source = FileSource(number, offset, shared=True, writable=True, compared=compared)
+        live.model.mm.mmap(ar, ar.size, PROT_RW, fixed=True, source=source)
+
     def _backing(self, model: Region, file: File, kind: BackingKind, wanted: Wanted) -> Backing:
         if file.memory is None:
-            return self._store.create(model.id, kind, wanted.length)
+            size = wanted.length
+            if kind is BackingKind.HUGETLB:  # Past the file's end the kernel itself is to refuse.
+                size = min(size, round_up(file.size - wanted.offset, PMD_SIZE))
+            if size <= 0:
+                raise NoMemoryError(f"the file has nothing from offset {wanted.offset:#x} on")
+            return self._store.create(model.id, kind, size)
         return Backing.of_file(os.dup(file.fd), kind, wanted.offset)
 
 

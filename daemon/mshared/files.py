@@ -58,9 +58,20 @@ class MappedFile:
         os.close(self.fd)
 
 
-def read(fd: int, length: int, offset: int) -> tuple[bytes, int]:
-    """What a file holds from ``offset`` on, and its size; in a worker thread, since it may take a while."""
-    return os.pread(fd, length, offset), os.fstat(fd).st_size
+def read(fd: int, length: int, offset: int) -> tuple[bytes, int, bytes]:
+    """What a file holds from ``offset`` on, and its size; in a worker thread, since it may take a while.
+
+    Beside it are no digests: those are ``mshared.comparing``'s.
+    """
+    return os.pread(fd, length, offset), os.fstat(fd).st_size, b""
+
+
+def write_within(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write to a file, no further than it reaches. Raises OSError."""
+    left = memoryview(data)[: max(0, os.fstat(fd).st_size - offset)]
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done
 
 
 def is_writable(fd: int) -> bool:

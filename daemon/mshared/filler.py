@@ -40,10 +40,14 @@ class Filler:
 
         Raises OSError ENOMEM.
         """
+        return self.copy_from(offset, uffd.address_of(data), len(data))
+
+    def copy_from(self, offset: int, address: int, size: int) -> bool:
+        """The same with what this process has at ``address``."""
         try:
-            self._uffd.copy(AddrRange.sized(self._start + offset, len(data)), data)
+            self._uffd.copy_from(AddrRange.sized(self._start + offset, size), address)
         except (FileExistsError, BlockingIOError):  # The second when some were copied before one was met.
-            if len(data) == self._page:
+            if size == self._page:
                 self._check(offset)
             return False
         return True

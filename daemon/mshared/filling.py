@@ -15,7 +15,7 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from mshared import apply, files, observed
+from mshared import apply, comparing, files, observed
 from mshared.live import LiveAttachment, LiveRegion, Reading
 from mshared.uffd import Outcome
 from msharefs.addr import Address, AddrRange, round_up
@@ -79,7 +79,7 @@ class Filling:
         """
         attachment, region, buffer = fault.attachment, fault.attachment.region, self._buffer
         page, offset = fill.ar, fill.offset + piece.start - fill.ar.start
-        if not region.files[fill.file].read_now(buffer, piece.size, offset):
+        if region.digests is not None or not region.files[fill.file].read_now(buffer, piece.size, offset):
             return False
         awake = False
         try:
@@ -120,27 +120,22 @@ class Filling:
         """Read a piece and install what is missing of it; the host address from which on there is nothing to be had."""
         source = _source_of(region, piece)
         moves = region.moves
-        fd = os.dup(region.files[source.file].fd)
-        try:
-            data, size = await trio.to_thread.run_sync(
-                files.read, fd, piece.size, source.offset, abandon_on_cancel=True, limiter=region.reading.limiter
-            )
-        except OSError as error:
-            log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
-            data, size = b"", 0
-        finally:
-            os.close(fd)
+        data, size, marks = await _read(region, piece, source)
         if _source_of(region, piece) != source or region.moves != moves:
             raise _Gone  # What was read may be older than what was stored, and moved, meanwhile.
         end = min(piece.end, Address(piece.start + max(0, round_up(size - source.offset, region.model.mm.page))))
         data = data.ljust(end - piece.start, b"\0")
+        missing = region.model.mm.table.holes(AddrRange(piece.start, end)) if end > piece.start else []
+        # Whatever the tables say, the kernel has missed what somebody waits for.
+        waited_for = {page for page in self._pages_waited_for(region, piece) if page.end <= end}
         try:
-            for run in region.model.mm.table.holes(AddrRange(piece.start, end)) if end > piece.start else []:
+            for run in missing:
                 region.put_new(_part(data, piece, run), region.model.offset_of(run))
                 region.model.mm.filled(run)
-            for page in self._pages_waited_for(region, piece):  # Whatever the tables say, the kernel has missed them.
-                if page.end <= end:
-                    region.put_new(_part(data, piece, page), region.model.offset_of(page))
+            for page in waited_for:
+                region.put_new(_part(data, piece, page), region.model.offset_of(page))
+            for run in {*missing, *waited_for} if marks else ():
+                region.remember(run, marks, piece.start)
         except OSError as error:
             _log_short(region, error)
             return piece.start
@@ -164,6 +159,22 @@ class Filling:
         else:
             apply.wake(fault.attachment, fault.attachment.page_at(fault.addr))
             _served(fault, Fill)
+
+
+async def _read(region: LiveRegion, piece: AddrRange, source: FileSource) -> tuple[bytes, int, bytes]:
+    """What a file has for a piece, its size, and what its pages are remembered by, if they are."""
+    fd = os.dup(region.files[source.file].fd)
+    digests = region.digests
+    read = files.read if digests is None or not digests.wanted else comparing.read
+    try:
+        return await trio.to_thread.run_sync(
+            read, fd, piece.size, source.offset, abandon_on_cancel=True, limiter=region.reading.limiter
+        )
+    except OSError as error:
+        log.warning("region %s: reading a mapped file: %s", region.model.title, error.strerror)
+        return b"", 0, b""
+    finally:
+        os.close(fd)
 
 
 class _Gone(Exception):

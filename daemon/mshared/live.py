@@ -14,6 +14,7 @@ import trio
 
 from mshared import hugetlb, processes
 from mshared.backing import Backing, punch, resident
+from mshared.comparing import Digests
 from mshared.family import Family
 from mshared.files import MappedFile, is_writable
 from mshared.filler import Filler
@@ -147,6 +148,7 @@ class LiveRegion:
     ``ended``: the namespace has let it go, and it closes when its files have every store. ``unwritten`` is what a
     change has left to be written to files; ``written`` is not set while the files of a region that nobody is attached
     to are brought up to date. ``family`` are its forks, and those that it is a fork of.
+    ``digests`` are of pages whose stores are not reported: see ``mshared.comparing``.
     ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them.
     """
 
@@ -173,6 +175,7 @@ class LiveRegion:
     trace: Trace | None = None
     _refreshed: tuple[int, int] | None = None
     """Changes of the tables, and bytes of the backing, when the tables were brought up to date."""
+    digests: Digests | None = None
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
@@ -183,6 +186,17 @@ class LiveRegion:
         self.family.join(self)
         if self.model.origin is None:
             self.page_tables_before = processes.all_page_table_bytes()
+
+    def remember(self, ar: AddrRange, marks: bytes, start: Address) -> None:
+        """Remember pages of the host range ``ar`` by the digests of what was read from ``start`` on, if they are."""
+        if self.digests is not None and marks:
+            self.digests.note(ar.moved(-self.model.ar.start), marks, start - self.model.ar.start)
+
+    @property
+    def has_stores(self) -> bool:
+        """Whether there may be something that a file does not hold yet."""
+        compared = self.digests is not None and self.digests.writers
+        return compared or bool(self.unwritten) or bool(self.model.mm.dirty(self.model.ar))
 
     @property
     def shows_own_file(self) -> bool:

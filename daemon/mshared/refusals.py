@@ -26,7 +26,7 @@ from typing import Final
 
 import trio
 
-from mshared import files, processes
+from mshared import comparing, files, processes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, Uffd, attempt, insist
 from msharefs.addr import Address, AddrRange
@@ -146,8 +146,9 @@ async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
         return False
     fd = os.dup(region.files[source.file].fd)
     try:
-        data, size = await trio.to_thread.run_sync(
-            files.read, fd, page.size, source.offset, limiter=region.reading.limiter
+        read = files.read if region.digests is None else comparing.read
+        data, size, marks = await trio.to_thread.run_sync(
+            read, fd, page.size, source.offset, limiter=region.reading.limiter
         )
     except OSError as error:
         log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
@@ -159,6 +160,7 @@ async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
     region.put_new(data.ljust(page.size, b"\0"), region.model.offset_of(page))
     for run in region.model.mm.table.holes(page):
         region.model.mm.filled(run)
+    region.remember(page, marks, page.start)
     return True
 
 

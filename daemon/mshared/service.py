@@ -68,7 +68,7 @@ class Service:
         self._changes = changes
         self.snapshots = Snapshots(namespace, lifetimes, store)
         self.views = Views(namespace, lifetimes, notes)
-        self._files = FileMappings(namespace, lifetimes, store, self._backing_kind)
+        self._files = FileMappings(namespace, lifetimes, store, self._backing_kind, self.snapshots.end)
 
     def create(
         self, caller: Caller, request: protocol.Create, files: list[Opened], sponsor: list[int] | None = None
@@ -161,6 +161,7 @@ class Service:
             unarmed=pending.unarmed,
         )
         live.uid = caller.who.uid
+        self._files.attached(region, readonly=pending.readonly)
         fds.clear()
         try:
             for effects in donations.settling(region.model, pending.donated):

@@ -173,9 +173,7 @@ class Uffd:
 
     def copy(self, ar: AddrRange, data: bytes) -> None:
         """Fill ``ar`` with ``data`` and wake who waits for it."""
-        source = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
-        assert source is not None
-        self.copy_from(ar, source)
+        self.copy_from(ar, address_of(data))
 
     def copy_from(self, ar: AddrRange, source: int, *, protected: bool = False) -> None:
         """Fill ``ar`` with what this process has at ``source``; ``protected`` keeps it write-protected."""
@@ -240,6 +238,13 @@ class Uffd:
             return os.read(self.fd, most * abi.MESSAGE_SIZE)
         except BlockingIOError:
             return b""
+
+
+def address_of(data: bytes) -> int:
+    """Where this process has it, for as long as it lives."""
+    address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def new(device: int | None) -> Uffd:

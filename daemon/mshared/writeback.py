@@ -20,6 +20,8 @@ from typing import Final
 import trio
 
 from mshared import apply
+from mshared.comparing import write_changed, write_changed_now
+from mshared.files import write_within
 from mshared.live import LiveRegion
 from msharefs.addr import AddrRange
 from msharefs.effects import Protect, WriteBack
@@ -29,6 +31,8 @@ from msharefs.vma import FileId
 log = logging.getLogger(__name__)
 
 _WRITE_SIZE: Final = 1 << 20
+_LEISURE: Final = 20
+"""Times as long as writing took the daemon rests before the next time: no more than a twentieth of a processor."""
 
 
 async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], None]) -> None:
@@ -71,7 +75,7 @@ class Settling:
 
     def request(self, region: LiveRegion) -> None:
         """Do so for a region, at once if there is nothing to write. Who holds its lock is to ask again in the end."""
-        if region.model.mm.dirty(region.model.ar) or region.unwritten:
+        if region.has_stores:
             region.written = trio.Event()
             self._send.send_nowait(region)
         elif region.ended and region.written.is_set() and not region.lock.locked():
@@ -82,6 +86,20 @@ class Settling:
         async with trio.open_nursery() as nursery:
             async for region in self._receive:
                 nursery.start_soon(self._settle, region, region.written)
+
+    async def from_time_to_time(self, regions: Callable[[], Iterable[LiveRegion]], interval: float) -> None:
+        """Have the files of all regions hold every store, for ever; seconds apart, or more where that takes long."""
+        pause = interval
+        while True:
+            await trio.sleep(pause)
+            start = trio.current_time()
+            for region in regions():
+                if region.has_stores and region.attachments:  # Else that is under way.
+                    async with region.lock:
+                        await self._flush(region, final=False)
+                    if not region.attachments and not region.closed:
+                        self.request(region)
+            pause = max(interval, _LEISURE * (trio.current_time() - start))
 
     async def flush_all(self, regions: Iterable[LiveRegion]) -> None:
         """Have the files of all of them hold every store."""
@@ -98,6 +116,10 @@ class Settling:
                     apply.carry_out(region, region.model.mm.write_back(region.model.ar), self._read_events)
                     while region.unwritten:
                         _write_one(region)
+                    try:
+                        write_changed_now(region)
+                    except OSError as error:
+                        _log_lost(region, str(error.strerror))
                 self._done(region, region.written)
 
     async def _settle(self, region: LiveRegion, written: trio.Event) -> None:
@@ -110,21 +132,35 @@ class Settling:
         if region.ended and not region.closed and region.written.is_set():
             region.close()
 
-    async def _flush(self, region: LiveRegion) -> None:
+    async def _flush(self, region: LiveRegion, *, final: bool = True) -> None:
         if region.closed:
             return
         try:
             await flush(region, region.model.ar, self._read_events)
+            await write_changed(region)
         except NoSpaceError as error:
-            _log_lost(region, str(error))
+            if final:
+                _log_lost(region, str(error))
+            else:
+                log.warning("region %s: %s; it is tried again", region.model.title, error)
         await write_out(region)
+
+
+async def sync_files(region: LiveRegion) -> None:
+    """Have the disks of the files that a region shows hold what was written to them. Raises NoSpaceError."""
+    with _duplicates(region, region.files) as (_, files):
+        try:
+            for fd in files.values():
+                await trio.to_thread.run_sync(os.fdatasync, fd, limiter=region.reading.limiter)
+        except OSError as error:
+            raise NoSpaceError(f"the disk of the mapped file does not take it: {error.strerror}") from error
 
 
 def _write_one(region: LiveRegion) -> None:
     """Write one piece that was set aside; in a worker thread."""
     piece = region.unwritten[0]
     try:
-        _write(piece.fd, piece.data, piece.offset)
+        write_within(piece.fd, piece.data, piece.offset)
     except OSError as error:
         _log_lost(region, str(error.strerror))
     os.close(piece.fd)
@@ -132,21 +168,13 @@ def _write_one(region: LiveRegion) -> None:
 
 
 def _log_lost(region: LiveRegion, why: str) -> None:
-    log.error("region %s: stores to a mapped file are lost: %s", region.model.name, why)
+    log.error("region %s: stores to a mapped file are lost: %s", region.model.title, why)
 
 
 def _copy(memory: int, file: int, ar: AddrRange, offset: int) -> None:
     """Write what memory holds of a range of offsets to a file. Raises OSError."""
     for piece in ar.pieces(_WRITE_SIZE):
-        _write(file, os.pread(memory, piece.size, piece.start), offset + piece.start - ar.start)
-
-
-def _write(file: int, data: bytes, offset: int) -> None:
-    """Write to a file, no further than it reaches. Raises OSError."""
-    left = memoryview(data)[: max(0, os.fstat(file).st_size - offset)]
-    while left:
-        done = os.pwrite(file, left, offset)
-        left, offset = left[done:], offset + done
+        write_within(file, os.pread(memory, piece.size, piece.start), offset + piece.start - ar.start)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,11 @@ class World:
         self.pager = Pager()
         self.namespace = Namespace(Ownership(0, 0, 0o1777), Policy(limits=limits or Limits()))
         self.lifetimes = Lifetimes(self.namespace, self.pager, uffd_abi.Feature(0), None)
-        self.files = FileMappings(self.namespace, self.lifetimes, MemfdStore(), self._kind)
+        self.files = FileMappings(self.namespace, self.lifetimes, MemfdStore(), self._kind, self._end)
+
+    def _end(self, live: LiveRegion) -> None:
+        self.namespace.abandon(live.model)
+        self.lifetimes.forget(live)
 
     def _kind(self, name: str | None) -> BackingKind:
         return BackingKind(name or "4k")

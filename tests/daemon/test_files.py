@@ -50,7 +50,7 @@ def test_what_lies_on_the_disk_is_not(tmp_path: Path) -> None:
         os.fsync(cold.fd)
         os.posix_fadvise(cold.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert not cold.read_now(Buffer(PAGE_SIZE), PAGE_SIZE, 0)
-        assert files.read(cold.fd, PAGE_SIZE, 0) == (CONTENT[:PAGE_SIZE], len(CONTENT))
+        assert files.read(cold.fd, PAGE_SIZE, 0) == (CONTENT[:PAGE_SIZE], len(CONTENT), b"")
         assert cold.read_now(Buffer(PAGE_SIZE), PAGE_SIZE, 0)
     finally:
         cold.close()

@@ -63,12 +63,13 @@ def test_nothing_said_is_the_default_of_everything(mshared: Mshared) -> None:
     assert not config.policy.paging_all
     assert config.policy.hole_signal is Signal.SIGBUS
     assert config.policy.limits == Limits()
+    assert config.writeback == 30
 
 
 def test_everything_said_is_taken_over(mshared: Mshared) -> None:
     config = mshared.config(
         *("--backing", "4k", "--align", "512G", "--paging", "all", "--hole-signal", "SIGSEGV"),
-        *("--max-bytes", "64g", "--max-regions", "7", "--mode", "0750", "--log-level", "debug"),
+        *("--writeback", "2.5", "--max-bytes", "64g", "--max-regions", "7", "--mode", "0750", "--log-level", "debug"),
     )
     assert config.backing is BackingKind.SMALL
     assert config.mode == 0o750
@@ -76,6 +77,7 @@ def test_everything_said_is_taken_over(mshared: Mshared) -> None:
     assert config.policy.paging_all
     assert config.policy.hole_signal is Signal.SIGSEGV
     assert config.policy.limits == Limits(max_regions=7, max_bytes=64 << 30)
+    assert config.writeback == 2.5
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_modes(mshared: Mshared, text: str, mode: int) -> None:
         (["--max-regions", "0"], "0 is not in the range"),
         (["--max-regions", "-1"], "-1 is not in the range"),
         (["--max-regions", "1.5"], "not a valid integer"),
+        (["--writeback", "0"], "0.0 is not in the range"),
         (["--mode", "778"], "'778' is not an octal mode"),
         (["--mode", "2777"], "'2777' is not an octal mode"),
         (["--mode", "-1"], "'-1' is not an octal mode"),
