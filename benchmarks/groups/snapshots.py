@@ -1,4 +1,4 @@
-"""How long it takes to have a snapshot of memory."""
+"""How long it takes to have a snapshot of memory, and what it costs who goes on."""
 
 from __future__ import annotations
 
@@ -14,52 +14,116 @@ from benchmarks.memory import Kind
 from benchmarks.results import Metric
 
 _PEER: Final = "os.fork()"
+_FORKS: Final = ("fork", "very first store", "first store")
 
 
 @attrs.frozen
 class Plan:
-    """How much is done: bytes of memory, and how often it is forked in a round."""
+    """How much is done.
 
-    size: int
+    ``sizes`` are bytes of memory, ascending, of which one is ``base``: all but the growth is measured with that; of
+    its first ``hot`` bytes a writer stores to random pages, for ``steps`` of 100 ms after a fork. ``count``: forks in a
+    round.
+    """
+
+    sizes: tuple[int, ...]
+    base: int
+    hot: int
+    steps: int
     count: int
     rounds: int
 
 
 def metrics(plan: Plan) -> Iterator[Metric]:
     """All metrics, in order."""
-    size = f"{plan.size // MIB} MiB"
-    yield Metric("fork", f"a snapshot of {size}, all of it touched", "ms", 1e3, peer=_PEER)
-    yield Metric("first store", "the first store to a page after it", "us", 1e6, peer=_PEER)
+    size = f"{plan.base // MIB} MiB"
+    touched = "all of it touched, over its size"
+    yield Metric("fork", f"a snapshot of memory, {touched}", "ms", 1e3, "GiB", _PEER, log="xy")
+    yield Metric("first fork", f"the first one of memory that was never forked, {touched}", "ms", 1e3, "GiB", _PEER)
+    yield Metric("first store", f"the first store to a page of {size} after it", "us", 1e6, peer=_PEER)
+    yield Metric("very first store", "the same, right after the fork", "us", 1e6, peer=_PEER)
     yield Metric("odfork", f"a child with a snapshot of {size}", "ms", 1e3, peer=_PEER)
+    hot = f"{plan.hot / MIB:g} MiB"
+    heading = f"stores to random pages of {hot} in the 100 ms before a fork (at 0) and after it"
+    yield Metric("stores", heading, "1000/s", 1e-3, "ms", _PEER, more_is_better=True, log="y")
+    heading = f"loads of every page of {size}: before a fork (at 0), after it, and once more"
+    yield Metric("loads", heading, "ns/page", 1e9, "pass", _PEER)
 
 
 def run(bench: Bench, plan: Plan) -> None:
     """Each round in fresh processes; kinds take turns."""
-    with bench.daemon(pool=size_of(Kind.HUGETLB, plan.size) + GIB) as daemon:
+    with bench.daemon(pool=size_of(Kind.HUGETLB, max(plan.sizes)) + GIB) as daemon:
         regions = tuple(kind for kind in kinds_of(daemon) if kind.is_region)
         for number in range(plan.rounds):
-            for kind in in_turn(regions, number):
-                bench.say(f"snapshots: round {number + 1} of {plan.rounds}, {kind.label}")
+            for size in plan.sizes:
+                for kind in in_turn(regions, number):
+                    if size == plan.base or kind is not Kind.SMALL:
+                        bench.say(f"snapshots: round {number + 1} of {plan.rounds}, {kind.label}, {size // MIB} MiB")
+                        with Worker(daemon.mount) as worker:
+                            _measure(bench, worker, kind, size, plan)
+                bench.say(f"snapshots: round {number + 1} of {plan.rounds}, {_PEER}, {size // MIB} MiB")
                 with Worker(daemon.mount) as worker:
-                    _measure(bench, worker, kind, plan)
-            with Worker(daemon.mount) as worker:
-                for _ in range(plan.count):
-                    found = worker.call("fork_process", size=plan.size)
-                    bench.samples.add("fork", _PEER, found["fork"])
-                    bench.samples.add("odfork", _PEER, found["fork"])
-                    bench.samples.add("first store", _PEER, found["first store"])
+                    _measure_peer(bench, worker, size, plan)
 
 
-def _measure(bench: Bench, worker: Worker, kind: Kind, plan: Plan) -> None:
-    worker.call("create", kind=kind, name=new_name(), size=size_of(kind, plan.size))
+def _measure(bench: Bench, worker: Worker, kind: Kind, size: int, plan: Plan) -> None:
+    worker.call("create", kind=kind, name=new_name(), size=size_of(kind, size))
     worker.call("write")
-    worker.call("fork_region", name=new_name())  # The first one finds out what is there.
-    for _ in range(plan.count):
-        found = worker.call("fork_region", name=new_name())
-        bench.samples.add("fork", kind.label, found["fork"])
-        bench.samples.add("first store", kind.label, found["first store"])
-        bench.samples.add("odfork", kind.label, worker.call("odfork"))
+    at = size_of(kind, size) / GIB
+    bench.samples.add("first fork", kind.label, worker.call("first_fork", name=new_name()), at)
+    _add_forks(bench, kind.label, worker.call("fork_region", name=new_name(), count=plan.count), at, size == plan.base)
+    if size == plan.base:
+        for _ in range(plan.count):
+            bench.samples.add("odfork", kind.label, worker.call("odfork"))
+        written = _of_new(worker, kind, size, "write_on", hot=plan.hot, steps=plan.steps)
+        _add_goes_on(bench, kind.label, written, _of_new(worker, kind, size, "read_on"))
     worker.call("remove")
+
+
+def _of_new(worker: Worker, kind: Kind, size: int, call: str, **arguments: int) -> list[float]:
+    """What a request finds of a region that was never forked."""
+    worker.call("remove")
+    worker.call("create", kind=kind, name=new_name(), size=size_of(kind, size))
+    worker.call("write")
+    found: list[float] = worker.call(call, name=new_name(), **arguments)
+    return found
+
+
+def _measure_peer(bench: Bench, worker: Worker, size: int, plan: Plan) -> None:
+    found = worker.call("fork_process", size=size, count=plan.count)
+    _add_forks(bench, _PEER, found, size / GIB, size == plan.base)
+    for took in found["fork"]:
+        bench.samples.add("first fork", _PEER, took, size / GIB)
+    if size == plan.base:
+        for took in found["fork"]:
+            bench.samples.add("odfork", _PEER, took)
+        found = worker.call("process_goes_on", size=size, hot=plan.hot, steps=plan.steps)
+        _add_goes_on(bench, _PEER, found["written"], found["read"])
+
+
+def _add_forks(bench: Bench, series: str, found: dict[str, list[float]], at: float, stores: bool) -> None:  # noqa: FBT001
+    for metric in _FORKS if stores else _FORKS[:1]:
+        for took in found[metric]:
+            bench.samples.add(metric, series, took, 0 if metric != "fork" else at)
+
+
+def _add_goes_on(bench: Bench, series: str, written: list[float], read: list[float]) -> None:
+    for number, rate in enumerate(written):
+        bench.samples.add("stores", series, rate, 100 * number)
+    for number, took in enumerate(read):
+        bench.samples.add("loads", series, took, number)
+
+
+def _sizes(most: int) -> tuple[int, ...]:
+    """1 GiB and its doubles, as far as there is room; less than that, where there is not even room for one."""
+    room = fitting_size(most, share=2)
+    return tuple(size for size in (GIB, 2 * GIB, 4 * GIB, 8 * GIB) if size <= room) or (room,)
+
+
+def _plan(most: int, count: int, rounds: int) -> Plan:
+    sizes = _sizes(most)
+    base = max(size for size in sizes if size <= max(2 * GIB, sizes[0]))
+    return Plan(sizes, base, min(base, 16 * MIB), 10, count, rounds)
 
 
 GROUP: Final = Group(
@@ -67,11 +131,14 @@ GROUP: Final = Group(
     compares="Region.fork and odfork, against os.fork() with as much private memory",
     method=(
         "All memory is touched before. The peer has 4 KiB pages, as memory has that is not asked to be huge; its fork "
-        "copies page tables. The first store to a page after a fork has to copy it: 4 KiB, or 2 MiB with hugetlb."
+        "copies page tables. Forks follow on each other, with stores to some pages in between; the first one of a "
+        "region, which has to look at all of it, is told apart. The first store to a page after a fork has to copy it: "
+        "4 KiB, or 2 MiB with hugetlb. A writer stores to random 4 KiB pages, as fast as it can, from before a fork "
+        "until a second after it. Nobody but the one process runs."
     ),
-    quick=lambda: Plan(fitting_size(GIB), 5, 1),
-    full=lambda: Plan(fitting_size(2 * GIB), 10, 3),
+    quick=lambda: _plan(GIB, 5, 1),
+    full=lambda: _plan(8 * GIB, 10, 3),
     metrics=metrics,
     run=run,
-    pictures={"snapshots": ("fork", "odfork", "first store")},
+    pictures={"snapshots": ("fork", "first fork", "stores"), "snapshots-stores": ("first store", "odfork", "loads")},
 )

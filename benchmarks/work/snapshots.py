@@ -6,35 +6,43 @@ import contextlib
 import mmap
 import os
 import time
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import mshare
-from benchmarks.memory import PAGE
+from benchmarks.memory import PAGE, read_pages, shuffled, write_at, write_pages
 from benchmarks.work.held import Held
 
-_NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE
+_NO_HUGE_PAGES: Final = 15  # MADV_NOHUGEPAGE
+_APART: Final = 2 << 20
+"""Bytes between pages that are stored to: each has a leaf table, or a huge page, of its own."""
+_STORES: Final = 8
+_BATCH: Final = 64
+_STEP: Final = 0.1
+
+Figures = dict[str, list[float]]
 
 
 class Snapshots:
     """Forks what a worker holds, and its process."""
 
-    REQUESTS = ("fork_region", "odfork", "fork_process")
+    REQUESTS = ("fork_region", "first_fork", "odfork", "write_on", "read_on", "fork_process", "process_goes_on")
 
     def __init__(self, held: Held) -> None:
         self._held = held
 
-    def fork_region(self, name: str) -> dict[str, float]:
-        """Fork the region, store to a page, and end the fork: how long each took."""
-        region = self._held.memory.region
-        assert region is not None
-        start = time.perf_counter()
-        region.fork(name)
-        forked = time.perf_counter()
-        region.buf[PAGE] = 1
-        stored = time.perf_counter()
-        region.buf[PAGE] = 2
-        again = time.perf_counter()
-        mshare.mshare_unlink(name)
-        return {"fork": forked - start, "first store": stored - forked, "second store": again - stored}
+    def first_fork(self, name: str) -> float:
+        """Fork the region, which was never forked; how long it took."""
+        with self._forked(name) as took:
+            return took
+
+    def fork_region(self, name: str, count: int) -> Figures:
+        """Fork the region over and over, and store to pages each time: how long each took."""
+        found: Figures = {"fork": [], "very first store": [], "first store": []}
+        for _ in range(count):
+            with self._forked(name) as took:
+                _store(self._held.memory.view, took, found)
+        return found
 
     def odfork(self) -> float:
         """Fork the process with a snapshot of the region; how long until the parent goes on."""
@@ -46,24 +54,111 @@ class Snapshots:
         os.waitpid(pid, 0)
         return took
 
-    def fork_process(self, size: int) -> dict[str, float]:
-        """os.fork() with so much private memory, all of it touched, and the first store to a page of it then."""
-        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-            with contextlib.suppress(OSError):  # A kernel without huge pages has none to forbid.
-                memory.madvise(_NO_HUGE_PAGES)
-            for at in range(0, size, PAGE):
-                memory[at] = 1
-            ours, theirs = os.pipe()
-            start = time.perf_counter()
-            pid = os.fork()
-            if pid == 0:
-                os.read(ours, 1)
-                os._exit(0)
-            forked = time.perf_counter()
-            memory[PAGE] = 2
-            stored = time.perf_counter()
-            os.write(theirs, b"x")
-            os.waitpid(pid, 0)
-            os.close(ours)
-            os.close(theirs)
-        return {"fork": forked - start, "first store": stored - forked}
+    def write_on(self, name: str, hot: int, steps: int) -> list[float]:
+        """Store to random pages of the first ``hot`` bytes: stores a second before a fork, and in steps after it."""
+        return _written(self._held.memory.view, hot, steps, lambda: self._forked(name))
+
+    def read_on(self, name: str) -> list[float]:
+        """Load from every page, before a fork, after it, and again: seconds a page."""
+        return _read(self._held.memory.view, lambda: self._forked(name))
+
+    def fork_process(self, size: int, count: int) -> Figures:
+        """As ``fork_region``, with os.fork() and so much private memory."""
+        found: Figures = {"fork": [], "very first store": [], "first store": []}
+        with _private(size) as view:
+            for _ in range(count):
+                with _with_child() as took:
+                    _store(view, took, found)
+        return found
+
+    def process_goes_on(self, size: int, hot: int, steps: int) -> Figures:
+        """As ``write_on`` and ``read_on``, with os.fork() and so much private memory."""
+        with _private(size) as view:
+            return {"written": _written(view, hot, steps, _with_child), "read": _read(view, _with_child)}
+
+    @contextlib.contextmanager
+    def _forked(self, name: str) -> Iterator[float]:
+        """While there is a fork of the region; how long that took to make."""
+        region = self._held.memory.region
+        assert region is not None
+        start = time.perf_counter()
+        region.fork(name)
+        took = time.perf_counter() - start
+        try:
+            yield took
+        finally:
+            mshare.mshare_unlink(name)
+
+
+@contextlib.contextmanager
+def _private(size: int) -> Iterator[memoryview]:
+    """Private memory of small pages, all of it touched."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory, memoryview(memory) as view:
+        with contextlib.suppress(OSError):  # A kernel without huge pages has none to forbid.
+            memory.madvise(_NO_HUGE_PAGES)
+        write_pages(view)
+        yield view
+
+
+@contextlib.contextmanager
+def _with_child() -> Iterator[float]:
+    """While there is a child that os.fork() has made, and that does nothing; how long that took."""
+    ours, theirs = os.pipe()
+    start = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        os.read(ours, 1)
+        os._exit(0)
+    took = time.perf_counter() - start
+    try:
+        yield took
+    finally:
+        os.write(theirs, b"x")
+        os.waitpid(pid, 0)
+        os.close(ours)
+        os.close(theirs)
+
+
+def _store(view: memoryview, forked: float, found: Figures) -> None:
+    """Store to pages that a fork has just been made of; ``forked`` is how long that took."""
+    took = []
+    for at in range(PAGE, min(len(view), _APART * (_STORES + 1)), _APART):
+        start = time.perf_counter()
+        view[at] = 1
+        took.append(time.perf_counter() - start)
+    found["fork"].append(forked)
+    found["very first store"].append(took[0])
+    found["first store"] += took[1:]
+
+
+def _written(
+    view: memoryview, hot: int, steps: int, fork: Callable[[], contextlib.AbstractContextManager[float]]
+) -> list[float]:
+    offsets = shuffled(hot // PAGE, seed=1)
+    batches = [offsets[at : at + _BATCH] for at in range(0, len(offsets), _BATCH)]
+    done = 0
+
+    def rate(until: float) -> float:
+        nonlocal done
+        start, stored = time.perf_counter(), 0
+        while time.perf_counter() < until:
+            write_at(view, batches[done % len(batches)])
+            stored, done = stored + _BATCH, done + 1
+        return stored / (time.perf_counter() - start)
+
+    before = rate(time.perf_counter() + _STEP)
+    with fork():
+        forked = time.perf_counter()
+        return [before, *(rate(forked + number * _STEP) for number in range(1, steps + 1))]
+
+
+def _read(view: memoryview, fork: Callable[[], contextlib.AbstractContextManager[float]]) -> list[float]:
+    def once() -> float:
+        start = time.perf_counter()
+        read_pages(view)
+        return (time.perf_counter() - start) / (len(view) // PAGE)
+
+    once()
+    before = once()
+    with fork():
+        return [before, once(), once()]

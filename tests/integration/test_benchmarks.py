@@ -22,7 +22,7 @@ TINY = {
     "changes": "changes.Plan((1, 3), (2 * MIB, 4 * MIB), 1)",
     "faults": "faults.Plan(16, (1, 2), 2 * MIB, 1)",
     "control": "control.Plan(3, 1)",
-    "snapshots": "snapshots.Plan(4 << 20, 2, 1)",
+    "snapshots": "snapshots.Plan((8 << 20,), 8 << 20, 1 << 20, 2, 2, 1)",
 }
 RUN = """
 import sys
