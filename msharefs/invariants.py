@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from msharefs.addr import PAGE_SHIFT, PMD_SIZE, AddrRange
 from msharefs.errors import InternalError
-from msharefs.frames import index_of, store_of
+from msharefs.frames import StoreNo, index_of, store_of
 from msharefs.host_mm import HostMm
 from msharefs.lineage import Lineage
 from msharefs.perms import PROT_RW, Prot
@@ -29,8 +31,9 @@ def check_mm(mm: HostMm) -> None:
 def check_lineage(lineage: Lineage) -> None:
     """Raise InternalError with the first thing that is wrong between the members.
 
-    Tables: as many references as recounted. Of whose page others refer to, stores are reported, and it has the page
-    still; and nobody may store to a page of another's, that another refers to, or in a table that is shared.
+    Tables: as many references as recounted. Frames, of which no references are counted: whoever refers to one is found
+    by looking, each page once, the oldest of several. Of whose page others refer to, stores are reported, and it has
+    the page still; and nobody may store to a page of another's, that another refers to, or in a table that is shared.
     """
     _check_references(lineage)
     for number, mm in lineage.members.items():
@@ -47,12 +50,28 @@ def check_lineage(lineage: Lineage) -> None:
             _check_protected(mm, run)
             if owner in lineage.members:
                 _check_owner(lineage.members[owner], run, mm)
+    for mm in lineage.members.values():
+        _check_claims(lineage, mm)
 
 
 def _check_references(lineage: Lineage) -> None:
     for table, refs in hanging(mm.table.top for mm in lineage.members.values()).items():
         if table.refs != refs:
             raise InternalError(f"a table of level {table.level} counts {table.refs} references and hangs in {refs}")
+
+
+def _check_claims(lineage: Lineage, mm: HostMm) -> None:
+    """What others refer to of a member's store, recounted page by page, is what it finds when it looks."""
+    heirs: dict[int, StoreNo] = {}
+    for other in reversed([each for each in lineage.members.values() if each is not mm]):
+        for run, pte in other.table.runs(mm.ar):
+            if store_of(pte.frame) == mm.store:
+                heirs |= dict.fromkeys(range(run.start, run.end, mm.page), other.store)
+    found: list[tuple[int, StoreNo]] = []
+    for copy in lineage.claims(mm, mm.ar):
+        found += zip(range(copy.ar.start, copy.ar.end, mm.page), itertools.repeat(copy.target))
+    if sorted(found) != sorted(heirs.items()):
+        raise InternalError(f"{len(heirs)} pages of store {mm.store} are referred to, and {len(found)} are found")
 
 
 def _check_owner(owner: HostMm, run: AddrRange, other: HostMm) -> None:

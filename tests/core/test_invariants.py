@@ -287,6 +287,17 @@ def test_each_violation_between_members_is_reported(violate: Callable[[HostMm], 
         check_lineage(mm.lineage)
 
 
+@pytest.mark.parametrize("wrong", [lambda found: found[1:], lambda found: [attrs.evolve(found[0], target=StoreNo(2))]])
+def test_looking_for_who_refers_to_a_page_that_finds_others_is_reported(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[[list[Copy]], list[Copy]]
+) -> None:
+    mm = good_family()
+    found = {member.store: list(mm.lineage.claims(member, member.ar)) for member in mm.lineage.members.values()}
+    monkeypatch.setattr(mm.lineage, "claims", lambda member, _: wrong(found[member.store]))
+    with pytest.raises(InternalError, match="pages of store 0 are referred to, and"):
+        check_lineage(mm.lineage)
+
+
 def test_a_page_of_another_store_without_first_touches_reported_is_reported() -> None:
     mm = good_mm()
     mm.table.set(pages(700, 701).start, Pte(frame_in(StoreNo(3), 700), READONLY))
