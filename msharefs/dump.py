@@ -8,14 +8,14 @@ from itertools import zip_longest
 
 import attrs
 
-from msharefs import forking, histogram
+from msharefs import clean_pages, forking, histogram
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.page_table import LEVEL_NAMES
 from msharefs.pte import PteFlag
 from msharefs.region import Attachment, BackingKind, Region
 from msharefs.reports import RegionName, RegionStat, Vma
 from msharefs.units import format_size
-from msharefs.vma import Arming, FileSource
+from msharefs.vma import Arming
 from msharefs.vma import Vma as HostVma
 
 
@@ -84,6 +84,7 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         fault_p99_ns=histogram.quantile(buckets, 0.99),
         fault_total_ns=region.latency.total,
         fault_buckets=buckets,
+        clean=_bytes(clean_pages.clean(region.mm, region.ar)),
         tables_shared=region.tables_shared,
         huge_bytes=facts.huge,
         notes=notes,
@@ -119,7 +120,7 @@ def vmas(region: Region) -> tuple[Vma, ...]:
         is_paged = first < len(paged) and paged[first].overlaps(vma.ar)
         resident = sum(run.size for run, _ in region.mm.table.runs(vma.ar))
         told = Vma(region.offset_of(vma.ar), vma.ar.size, int(vma.prot), is_paged, resident, faults=vma.count.served)
-        found.append(told if vma.source is None else _of_file(told, vma.source, region.mm.dirty(vma.ar)))
+        found.append(_with_source(region, vma, told))
     return tuple(found)
 
 
@@ -150,6 +151,8 @@ def smaps_text(region: Region) -> str:
         ]
         if vma.file is not None:
             lines.append(f"Dirty:          {vma.dirty // 1024:>8} kB\n")
+        if vma.refpage is not None:
+            lines.append(f"Clean:          {vma.clean // 1024:>8} kB\n")
         lines.append(f"Faults:         {vma.faults:>8}\nMode:           {'paged' if vma.paged else 'native':>8}\n")
     return "".join(lines)
 
@@ -246,16 +249,25 @@ _METRICS = (
 )
 
 
-def _of_file(told: Vma, source: FileSource, dirty: Iterable[AddrRange]) -> Vma:
+def _with_source(region: Region, vma: HostVma, told: Vma) -> Vma:
     """What is told of a mapping, with what it shows."""
-    size = sum(ar.size for ar in dirty)
-    return attrs.evolve(told, shared=source.shared, file=source.file, file_offset=source.offset, dirty=size)
+    if vma.file is not None:
+        dirty = _bytes(region.mm.dirty(vma.ar))
+        return attrs.evolve(told, shared=vma.file.shared, file=vma.file.file, file_offset=vma.file.offset, dirty=dirty)
+    if vma.refpage is not None:
+        return attrs.evolve(told, refpage=vma.refpage.pattern.hex(), clean=_bytes(clean_pages.clean(region.mm, vma.ar)))
+    return told
+
+
+def _bytes(ranges: Iterable[AddrRange]) -> int:
+    return sum(ar.size for ar in ranges)
 
 
 def _maps_line(region: Region, vma: HostVma) -> str:
-    ar, prot, source = vma.ar, vma.prot.as_text(), vma.source
+    ar, prot, source = vma.ar, vma.prot.as_text(), vma.file
     if region.file is not None:
         return f"{ar} {prot}s {region.file.offset + region.offset_of(ar):012x} [file {region.file.key}]\n"
     if source is None:
-        return f"{ar} {prot}s {region.offset_of(ar):012x} [anon]\n"
+        what = "[anon]" if vma.refpage is None else f"[refpage {vma.refpage}]"
+        return f"{ar} {prot}s {region.offset_of(ar):012x} {what}\n"
     return f"{ar} {prot}{'s' if source.shared else 'p'} {source.offset:012x} [file {source.file}]\n"

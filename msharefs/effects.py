@@ -14,6 +14,7 @@ import attrs
 
 from msharefs.addr import Address, AddrRange
 from msharefs.frames import StoreNo
+from msharefs.refpage import RefPage
 from msharefs.vma import Arming, FileId
 
 
@@ -28,7 +29,8 @@ class Signal(enum.IntEnum):
 class Arm:
     """From now on the kernel reports these faults of ``ar``, in every attachment (UFFDIO_REGISTER, UNREGISTER).
 
-    WP includes protecting what is there (UFFDIO_WRITEPROTECT), so that the first store is reported.
+    WP includes protecting what is there (UFFDIO_WRITEPROTECT), so that the first store is reported. With WP_CLEAN what
+    is protected stays so, and nothing else is.
     """
 
     ar: AddrRange
@@ -113,8 +115,21 @@ class Fill:
 
 
 @attrs.frozen
+class FillPattern:
+    """What a reference page holds appears in ``ar``, whose first page somebody waits for, who goes on.
+
+    ``clean``: as it appears, it is protected in every attachment. The rest of ``ar`` comes along as far as nothing is
+    there; what has come is to be noted (``clean_pages.came``).
+    """
+
+    ar: AddrRange
+    refpage: RefPage
+    clean: bool
+
+
+@attrs.frozen
 class Protect:
-    """The next store to ``ar`` is reported, in every attachment. Preconditions: it is armed with WP."""
+    """The next store to ``ar`` is reported, in every attachment. Preconditions: it is armed with WP, or WP_CLEAN."""
 
     ar: AddrRange
 
@@ -136,7 +151,7 @@ class Deliver:
     addr: Address
 
 
-Answer = Allow | Bring | Deliver | Fill | Preserve | ZeroFill
+Answer = Allow | Bring | Deliver | Fill | FillPattern | Preserve | ZeroFill
 """What a fault can come to."""
 Change = Arm | Protect | Punch | Stash | Unstash | WriteBack
 """What a call can come to."""

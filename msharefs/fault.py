@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from msharefs import clean_pages
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Allow, Answer, Bring, Copy, Deliver, Fill, Preserve, Signal, ZeroFill
+from msharefs.effects import Allow, Answer, Bring, Copy, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
 from msharefs.frames import store_of
 from msharefs.perms import Access
 from msharefs.pte import pte_flags
+from msharefs.refpage import RefPage
 from msharefs.vma import Arming, Vma
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
 
     1. Find the VMA, or give the hole's signal. 2. Check the access, or give SIGSEGV. 3. A page that is there and
     protected may be stored to from now on; one that forks refer to is theirs first. 4. Make the page: one that the
-    kernel misses is missing, whatever the tables say. 5. Install it and go on; what comes from a file, or from a
-    relative, is installed when it has been read.
+    kernel misses is missing, whatever the tables say. 5. Install it and go on; what comes from a file, a reference page
+    or a relative is installed when it is there.
     """
     vma = mm.vmas.find(fault.addr)
     if vma is None:
@@ -60,11 +62,16 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
         claims = () if mm.lineage.alone else tuple(mm.lineage.claims(mm, page))
         if claims:
             return Resolution(Preserve(claims), vma)
+        if vma.refpage is not None:
+            return Resolution(Allow(clean_pages.stored_to(mm, page, vma)), vma)
         mm.stored_to(page)
         return Resolution(Allow(page), vma)
     frame = mm.table.frame_at(page.start) if mm.rule.forked is not Arming.NATIVE else None
     if frame is not None and store_of(frame) != mm.store:
         return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
+    if isinstance(vma.source, RefPage):
+        around = clean_pages.missing_from(mm, page, vma, fault.access)
+        return Resolution(FillPattern(around, vma.source, clean=fault.access is Access.READ), vma)
     if vma.source is not None:
         mm.missed(page)
         return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start), vma)

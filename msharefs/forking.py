@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import attrs
 
+from msharefs import clean_pages
 from msharefs.addr import AddrRange
 from msharefs.effects import Arm, Change, Copy, Protect
 from msharefs.frames import store_of
@@ -52,7 +53,8 @@ def fork(mm: HostMm) -> HostMm:
     """A host mm with the same mappings and contents (compare kernel/fork.c:dup_mmap). Raises NoSpaceError.
 
     Preconditions: ``mm`` and all its relatives are shielded; shared files have every store; what nobody may touch is
-    copied by the caller; the tables are up to date. What lies in shared files, both have from there.
+    copied by the caller; the tables are up to date. What lies in shared files, both have from there, and what is clean
+    from its reference page.
     """
     twin = HostMm(
         mm.ar,
@@ -66,6 +68,8 @@ def fork(mm: HostMm) -> HostMm:
     twin.rule = attrs.evolve(mm.rule, forked=Arming.MISSING)
     twin.table = mm.table.fork(mm.storable.parts(mm.ar))
     twin.borrowed = {*mm.borrowed, mm.store}
+    for run in clean_pages.clean(mm, mm.ar):
+        twin.table.clear_range(run)
     for vma in mm.vmas:
         twin.vmas.insert(attrs.evolve(vma, count=FaultCount()))
         if vma.reaches_file:
@@ -84,6 +88,8 @@ def relax(mm: HostMm) -> list[Change]:
     mm.borrowed.clear()
     for part in _stores(mm, [mm.ar]):
         mm.table.change_flags(part, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
+    for part in clean_pages.clean(mm, mm.ar):
+        mm.table.change_flags(part, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
     return mm.rule.rearm(mm.vmas, mm.ar, before, [])
 
 

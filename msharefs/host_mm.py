@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
+from msharefs import clean_pages
 from msharefs.addr import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -28,11 +29,12 @@ from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.frames import StoreNo, frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
-from msharefs.perms import PROT_RW, Advice, Prot
+from msharefs.perms import PROT_RW, Access, Advice, Prot
 from msharefs.pte import Pte, PteFlag, pte_flags
 from msharefs.rules import check_end, check_prot, check_store
 from msharefs.storable import Storable
-from msharefs.vma import Arming, FileId, FileSource, Vma
+from msharefs.streams import Streams
+from msharefs.vma import Arming, FileId, Source, Vma
 from msharefs.vma_set import VmaSet
 
 MAX_VMAS = 16_000
@@ -74,6 +76,7 @@ class HostMm:
         self.hole_signal = hole_signal
         self.lineage = lineage or Lineage()
         self.store = self.lineage.add(self)
+        self.streams = {access: Streams() for access in Access}
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
         self.storable = Storable(ar.size // page)
@@ -97,10 +100,10 @@ class HostMm:
         fixed: bool = False,
         replace: bool = False,
         align: int = PAGE_SIZE,
-        source: FileSource | None = None,
+        source: Source | None = None,
         reserve: Callable[[AddrRange], None] | None = None,
     ) -> tuple[AddrRange, list[Change]]:
-        """Map anonymous memory, or a file; the range and the effects (compare mm/mmap.c:do_mmap).
+        """Map anonymous memory, a file, or a reference page; the range and the effects (compare mm/mmap.c:do_mmap).
 
         ``ar`` None, or taken and not ``fixed``: the lowest gap. ``fixed`` without ``replace`` is MAP_FIXED_NOREPLACE,
         with it MAP_FIXED. ``reserve`` is asked for the memory before anything changes. Raises InvalidArgumentError,
@@ -149,6 +152,8 @@ class HostMm:
             check_store(vma.source, prot)
         before = self.rule.around(self.vmas, ar)
         moves = [*self.write_back(ar), *self._protect(ar)] if not prot & Prot.WRITE else []
+        if not prot & PROT_RW:
+            moves += clean_pages.drop(self, ar)
         for vma in self.vmas.remove(ar):
             moves += _moves_of_contents(vma, prot)
             self.vmas.insert(attrs.evolve(vma, prot=prot))
@@ -157,7 +162,7 @@ class HostMm:
         return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
 
     def madvise_remove(self, ar: AddrRange) -> list[Change]:
-        """Have zeros in ``ar``, for everybody, and its memory back (compare mm/madvise.c:madvise_remove).
+        """Have zeros in ``ar``, or what reference pages say, and its memory back (compare mm/madvise.c:madvise_remove).
 
         Raises what ``check_removable`` does.
         """
@@ -172,7 +177,7 @@ class HostMm:
         vmas = self.vmas.overlapping(ar)
         if not all(vma.prot & Prot.WRITE for vma in vmas):
             raise AccessDeniedError(f"{ar} may not be written throughout; mprotect it first")
-        if any(vma.source for vma in vmas):
+        if any(vma.file for vma in vmas):
             raise NotSupportedError("MADV_REMOVE of a file's mapping: punch the file instead")
 
     def madvise_reading(self, ar: AddrRange, advice: Advice) -> None:
@@ -197,7 +202,7 @@ class HostMm:
         effects: list[Change] = []
         for vma in filter(lambda vma: vma.tracks_stores, self.vmas.overlapping(ar)):
             for run in self.dirty(vma.clipped(ar).ar):
-                source = vma.source_at(run.start)
+                source = vma.file_at(run.start)
                 assert source is not None
                 effects += [Protect(run), WriteBack(run, source.file, source.offset)]
                 self.table.change_flags(run, add=PteFlag.UFFD_WP, drop=PteFlag.DIRTY | PteFlag.WRITE)
@@ -246,7 +251,7 @@ class HostMm:
 
     def files(self) -> set[FileId]:
         """The files that are mapped somewhere."""
-        return {vma.source.file for vma in self.vmas if vma.source is not None}
+        return {vma.file.file for vma in self.vmas if vma.file is not None}
 
     def armings(self) -> Iterator[tuple[AddrRange, Arming]]:
         """What a new attachment must be armed with, in order: ranges that are not native."""
@@ -266,7 +271,7 @@ class HostMm:
         there = united(inside for data in present if (inside := data.intersect(self.ar)) is not None)
         if there == self.table.present(self.ar):
             return
-        dirty = self.dirty(self.ar)
+        dirty, clean = self.dirty(self.ar), [] if self.rule.forked else clean_pages.clean(self, self.ar)
         if not self.rule.forked:
             self.table.clear_range(self.ar)
         for data in there:
@@ -274,6 +279,8 @@ class HostMm:
                 self._install(part, huge=huge)
         for run in dirty:
             self.enter(run, pte_flags(PROT_RW) | PteFlag.DIRTY)
+        for run in clean:
+            self.enter(run, clean_pages.FLAGS)
 
     def shared_granule_holes(self) -> list[AddrRange]:
         """The parts of holes that share a granule with memory, in order.
@@ -329,11 +336,10 @@ class HostMm:
 
     def _native_stores(self, ar: AddrRange) -> list[AddrRange]:
         """Where in a mapping that may be written stores go unseen, as far as forks are concerned."""
-        if not self.rule.forked:
-            return [ar]
         if self.rule.forked & Arming.WP:
             return []
-        return [run for run, pte in self.table.runs(ar) if store_of(pte.frame) == self.store]
+        runs = self.table.runs(ar)
+        return [run for run, pte in runs if store_of(pte.frame) == self.store and not pte.flags & PteFlag.CLEAN]
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:
         """Where a mapping goes (compare mm/mmap.c:get_unmapped_area)."""

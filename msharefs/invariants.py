@@ -21,7 +21,8 @@ def check_mm(mm: HostMm) -> None:
     VMAs: whole pages, inside the region, ordered, apart, merged. Tables: counts as recounted. Installed is within
     asked: every page lies in a VMA that may be touched, writable only where the VMA is, in the frame of its index; a
     2 MiB leaf has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those of them that are
-    writable. Frames of others' stores are for members that have their first touches reported, and not for shared files.
+    writable. Clean are pages of reference pages only, protected, and in their own store. Frames of others' stores are
+    for members that have their first touches reported, and not for shared files.
     """
     _check_vmas(mm)
     _check_counts(mm)
@@ -133,6 +134,8 @@ def _check_pages(mm: HostMm) -> None:
             if foreign and vma.reaches_file:
                 raise InternalError(f"pages {run} of a shared file lie in store {store_of(pte.frame)}")
             _check_dirty(run, pte, vma)
+            if pte.flags & PteFlag.CLEAN and (vma.refpage is None or foreign or not pte.flags & PteFlag.UFFD_WP):
+                raise InternalError(f"pages {run} count as clean in {vma.ar}, and may be stored to or show no refpage")
     if inside != mm.table.resident:
         raise InternalError(f"{mm.table.resident - inside} bytes are installed outside {mm.ar}")
 

@@ -252,7 +252,8 @@ class GetMaps:
 class Mmap:
     """Client: map memory inside the region; protection and flags as in mmap(2), ``offset`` None for any gap.
 
-    Without MAP_ANONYMOUS one descriptor, the opened file, which is shown from ``file_offset`` on.
+    Without MAP_ANONYMOUS one descriptor, the opened file, which is shown from ``file_offset`` on. With MAP_REFPAGE the
+    content of a reference page, in hexadecimal.
     """
 
     attachment: int
@@ -261,6 +262,7 @@ class Mmap:
     prot: int
     flags: int
     file_offset: int = 0
+    refpage: str | None = None
 
 
 @attrs.frozen

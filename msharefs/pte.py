@@ -20,6 +20,8 @@ class PteFlag(enum.IntFlag):
     WRITE = 1 << 1
     DIRTY = 1 << 6
     HUGE = 1 << 7
+    CLEAN = 1 << 9
+    """The first of the bits left to software: what a reference page says is what the page holds."""
     UFFD_WP = 1 << 10
 
 

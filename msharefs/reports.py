@@ -22,6 +22,8 @@ class RegionStat:
 
     How long faults took from when the daemon read of them to the answer: ``fault_p50_ns``, ``fault_p99_ns`` in
     nanoseconds, ``fault_buckets`` counts by the bounds of ``msharefs.histogram``, ``fault_total_ns`` their sum.
+
+    ``clean`` are the bytes in pages that were only read since they came from their reference page.
     """
 
     name: str
@@ -54,6 +56,7 @@ class RegionStat:
     fault_p99_ns: int = 0
     fault_total_ns: int = 0
     fault_buckets: tuple[int, ...] = ()
+    clean: int = 0
 
 
 @attrs.frozen
@@ -62,8 +65,9 @@ class Vma:
 
     ``shared``: stores reach everybody it shows to, be that the region's processes or the file. ``file`` numbers the
     files of a region, None is anonymous memory; what lies at ``file_offset`` shows at the mapping's start. ``dirty``
-    are the bytes in pages that were stored to and are not in the file yet. ``faults`` counts those that the daemon has
-    served since the mapping was made; of one that was split, the lower part has them.
+    are the bytes in pages that were stored to and are not in the file yet. ``refpage`` is the pattern of a reference
+    page, in hexadecimal; ``clean`` are the bytes in pages that were only read since they came from it. ``faults``
+    counts those that the daemon has served since the mapping was made; of one that was split, the lower part has them.
     """
 
     offset: int
@@ -76,6 +80,8 @@ class Vma:
     file_offset: int = 0
     dirty: int = 0
     faults: int = 0
+    refpage: str | None = None
+    clean: int = 0
 
 
 @attrs.frozen
@@ -124,7 +130,8 @@ class TraceEvent:
     """A fault that the daemon answered: when it came in, on the monotonic clock, and how long that took.
 
     ``pid`` 0: a forked child not told apart yet; ``tid`` as the process's own pid namespace has it. ``access``: read or
-    write. ``how``: zero (a fresh page), file, copy (of a page shared with forks), allow (the store may go on), refuse.
+    write. ``how``: zero (a fresh page), file, pattern, copy (of a page shared with forks), allow (the store may go on),
+    refuse.
     """
 
     time_ns: int

@@ -7,21 +7,21 @@ from typing import Final
 from msharefs.addr import PAGE_SIZE, USER_MAX, USER_MIN, AddrRange
 from msharefs.errors import AccessDeniedError, InvalidArgumentError, OffsetTooLargeError
 from msharefs.perms import PROT_RW, Prot
-from msharefs.vma import FileSource
+from msharefs.vma import FileSource, Source
 
 MAX_FILE_SIZE: Final = (1 << 63) - PAGE_SIZE
 """Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
 
 
-def check_store(source: FileSource | None, prot: Prot) -> None:
+def check_store(source: Source | None, prot: Prot) -> None:
     """A store to a shared mapping must be able to reach the file."""
-    if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
+    if isinstance(source, FileSource) and source.shared and prot & Prot.WRITE and not source.writable:
         raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
 
 
-def check_end(source: FileSource | None, size: int) -> None:
+def check_end(source: Source | None, size: int) -> None:
     """A file ends where the kernel's offsets do (compare mm/mmap.c:file_mmap_ok)."""
-    if source is not None and source.offset + size > MAX_FILE_SIZE:
+    if isinstance(source, FileSource) and source.offset + size > MAX_FILE_SIZE:
         raise OffsetTooLargeError(f"no file has {size} bytes at {source.offset}: it has {MAX_FILE_SIZE} at most")
 
 

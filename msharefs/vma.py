@@ -9,17 +9,22 @@ import attrs
 
 from msharefs.addr import Address, AddrRange
 from msharefs.perms import PROT_RW, Access, Advice, Prot
+from msharefs.refpage import RefPage
 
 FileId = NewType("FileId", int)
 """Number of a file that is mapped into a region, never given twice in it."""
 
 
 class Arming(enum.IntFlag):
-    """What the kernel reports to the daemon for a range (compare UFFDIO_REGISTER_MODE_*)."""
+    """What the kernel reports to the daemon for a range (compare UFFDIO_REGISTER_MODE_*).
+
+    With WP every page is protected at once, with WP_CLEAN one by one, as clean ones come.
+    """
 
     NATIVE = 0
     MISSING = 1
     WP = 2
+    WP_CLEAN = 8
 
 
 @attrs.frozen
@@ -35,6 +40,10 @@ class FileSource:
     shared: bool
     writable: bool
     compared: bool = False
+
+
+Source = FileSource | RefPage
+"""What a VMA shows where nobody has stored to it, if that is not zeros."""
 
 
 @attrs.define(eq=False)
@@ -54,25 +63,36 @@ class Vma:
 
     ar: AddrRange
     prot: Prot = PROT_RW
-    source: FileSource | None = None
+    source: Source | None = None
     advice: Advice = Advice.NORMAL
     count: FaultCount = attrs.field(factory=FaultCount, eq=False, repr=False)
     reports_stores: bool = attrs.field(init=False, eq=False, repr=False)
-    """Whether the first store to each page is reported: it is not allowed, or must reach a file."""
+    """Whether the first store to each page is reported: it is not allowed, or must reach a file. That to a clean page
+    of a reference page is, too."""
 
     @reports_stores.default
     def _reports_stores(self) -> bool:
         return self.tracks_stores or not Access.WRITE.allowed_by(self.prot)
 
     @property
+    def file(self) -> FileSource | None:
+        """The file that it shows."""
+        return self.source if isinstance(self.source, FileSource) else None
+
+    @property
+    def refpage(self) -> RefPage | None:
+        """The reference page that it shows."""
+        return self.source if isinstance(self.source, RefPage) else None
+
+    @property
     def reaches_file(self) -> bool:
         """Whether stores have to reach a file."""
-        return self.source is not None and self.source.shared
+        return isinstance(self.source, FileSource) and self.source.shared
 
     @property
     def tracks_stores(self) -> bool:
         """Whether the first store to each page makes it dirty."""
-        return self.source is not None and self.source.shared and not self.source.compared
+        return isinstance(self.source, FileSource) and self.source.shared and not self.source.compared
 
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
@@ -89,11 +109,15 @@ class Vma:
         served = FaultCount(self.count.served + above.count.served)
         return attrs.evolve(self, ar=AddrRange(self.ar.start, above.ar.end), count=served)
 
-    def source_at(self, addr: Address) -> FileSource | None:
-        """The file, and what of it lies at ``addr`` (compare vma->vm_pgoff)."""
-        if self.source is None:
-            return None
+    def source_at(self, addr: Address) -> Source | None:
+        """What it shows from ``addr`` on: of a file, what lies there (compare vma->vm_pgoff)."""
+        return self.file_at(addr) or self.source
+
+    def file_at(self, addr: Address) -> FileSource | None:
+        """The file, and what of it lies at ``addr``."""
         of = self.source
+        if not isinstance(of, FileSource):
+            return None
         return FileSource(of.file, of.offset + addr - self.ar.start, of.shared, of.writable, of.compared)
 
     def merges_with(self, above: Vma) -> bool:
@@ -105,10 +129,10 @@ class Vma:
     def arming(self) -> Arming:
         """Which faults the daemon must see for this VMA to mean what it says.
 
-        Read-write memory needs none. Of a file it fills each page, and of a shared one it must know which were stored
-        to.
+        Read-write memory needs none. Of a file, or a reference page, it fills each page; of a shared file it must know
+        which were stored to, and of a reference page which were not.
         """
         if not self.prot & PROT_RW:
             return Arming.MISSING
-        protected = Arming.WP if self.reports_stores else Arming.NATIVE
+        protected = Arming.WP if self.reports_stores else Arming.WP_CLEAN if self.refpage else Arming.NATIVE
         return protected | (Arming.MISSING if self.source else Arming.NATIVE)

@@ -26,6 +26,8 @@ class FakeUffd:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.errors: dict[str, list[int]] = {}
+        self.comes: int | None = None
+        """How many bytes a copy brings, if not all."""
 
     def arm(self, ar: AddrRange, arming: Arming) -> None:
         self._note("arm", ar, arming)
@@ -35,6 +37,11 @@ class FakeUffd:
 
     def zero(self, ar: AddrRange, *, protected: bool) -> None:
         self._note("zero", ar, protected)
+
+    def copy_some(self, ar: AddrRange, source: int, *, protected: bool) -> int:
+        assert source
+        self._note("copy", ar, protected)
+        return self.comes if self.comes is not None else ar.size
 
     def wake(self, ar: AddrRange) -> None:
         self._note("wake", ar)

@@ -14,16 +14,19 @@ from mshare.api import mshare, mshare_unlink, remove
 from mshare.arena import Arena
 from mshare.file_mapping import FileMapping, mmap
 from mshare.odfork import odfork, set_odfork_default
+from mshare.refpages import refpage_create
 from mshare.region import Region
 from mshare.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
 from msharefs.perms import MAP_REFPAGE, MAP_SHARED_PT
 from msharefs.protocol import RegionStat, Vma
+from msharefs.refpage import RefPage
 
 __all__ = [
     "MAP_REFPAGE",
     "MAP_SHARED_PT",
     "Arena",
     "FileMapping",
+    "RefPage",
     "Region",
     "RegionStat",
     "ShareableList",
@@ -34,6 +37,7 @@ __all__ = [
     "mshare",
     "mshare_unlink",
     "odfork",
+    "refpage_create",
     "remove",
     "set_odfork_default",
 ]

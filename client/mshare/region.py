@@ -14,12 +14,14 @@ from typing import Final, Self
 from mshare import connection
 from mshare import syscalls as sc
 from mshare.connection import Connection, collect_maps, reply_of
+from mshare.refpages import wire_content
 from mshare.tickets import Name, checked_name
 from mshare.window import Window
 from msharefs import protocol
 from msharefs.addr import PAGE_SIZE
 from msharefs.perms import Advice, MapFlag
 from msharefs.protocol import RegionStat, Vma
+from msharefs.refpage import RefPage
 
 _SERVED_ADVICE: Final = {Advice.REMOVE, Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL}
 """What the daemon does all about."""
@@ -100,19 +102,22 @@ class Region:
         offset: int | None = None,
         fd: int = -1,
         fd_offset: int = 0,
+        refpage: RefPage | None = None,
     ) -> int:
-        """Map zeroed memory, or a file, inside the region, in every process; its offset (compare mmap(2)).
+        """Map zeroed memory, a file or a reference page inside the region, in every process; its offset (mmap(2)).
 
         ``offset`` is a hint without MAP_FIXED (which replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST if
         something is). Anonymous memory is shared by the region's processes, with MAP_SHARED and MAP_PRIVATE alike.
         Without MAP_ANONYMOUS the file ``fd`` is shown from ``fd_offset`` on: with MAP_SHARED stores reach it by
         msync, munmap, the last detach and unlink; with MAP_PRIVATE they stay in the region, seen by all its
-        processes.
+        processes. With MAP_PRIVATE|MAP_ANONYMOUS|MAP_REFPAGE each page shows ``refpage`` and takes no memory until it
+        is touched; stores are seen by all processes.
 
         Raises OSError: EINVAL, EEXIST, EBADF, ENODEV, ENOMEM (no gap), EACCES (PROT_EXEC, a read-only window, a file
         not opened for what is asked).
         """
-        request = protocol.Mmap(self._own_attachment(), offset, length, prot, flags, fd_offset)
+        content = wire_content(refpage, flags, fd)
+        request = protocol.Mmap(self._own_attachment(), offset, length, prot, flags, fd_offset, content)
         fds = () if flags & MAP_ANONYMOUS or fd < 0 else (fd,)
         placed = self._link.call(request, protocol.Placed, fds).offset
         if flags & MapFlag.POPULATE and prot & (PROT_READ | PROT_WRITE):
@@ -143,8 +148,9 @@ class Region:
     def madvise(self, offset: int, length: int, advice: int) -> None:
         """Give advice about a range, with the meaning that madvise(2) has for shared memory.
 
-        REMOVE makes it zeros for everybody, DONTNEED keeps the contents; POPULATE_*, COLLAPSE, COLD, PAGEOUT and the
-        like act on this process's mapping and on the memory behind it. Raises OSError: EINVAL, ENOMEM, EACCES.
+        REMOVE makes it zeros, or what its reference page says, for everybody, DONTNEED keeps the contents; POPULATE_*,
+        COLLAPSE, COLD, PAGEOUT and the like act on this process's mapping and on the memory behind it. COLD and
+        PAGEOUT give back the pages of reference pages that were only read. Raises OSError: EINVAL, ENOMEM, EACCES.
         """
         request = protocol.Madvise(self._own_attachment(), offset, length, advice)
         self._link.call(request, protocol.Done)

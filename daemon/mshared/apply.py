@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from mshared import backing, refusals
+from mshared import backing, refpages, refusals
 from mshared.crowd import do_for_all
 from mshared.live import LiveAttachment, LiveRegion, Unwritten
 from mshared.uffd import Outcome, attempt, insist, outcome_of
+from msharefs import clean_pages
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
     Allow,
@@ -24,6 +25,7 @@ from msharefs.effects import (
     Change,
     Deliver,
     Fill,
+    FillPattern,
     Preserve,
     Protect,
     Punch,
@@ -48,6 +50,8 @@ def arm_new(attachment: LiveAttachment) -> None:
         _arm(attachment, region.model.ar, Arming.NATIVE)
     for ar, arming in region.model.mm.armings():
         _arm(attachment, ar, arming)
+    for run in clean_pages.clean(region.model.mm, region.model.ar):
+        _protect(attachment, run)
     for effect in region.arming_now:
         _arm(attachment, effect.ar, effect.arming)
 
@@ -141,6 +145,8 @@ def answer_fault(
         case Allow():
             page = attachment.guest(effect.ar)
             return attempt(attachment, partial(attachment.uffd.write_protect, page, protect=False))
+        case FillPattern():
+            return refpages.answer(attachment, addr, tid, effect)
         case Fill() | Bring() | Preserve():
             raise InternalError(f"{effect} is more than an answer: see mshared.filling and mshared.family")
         case Deliver(signal):

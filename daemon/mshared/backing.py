@@ -70,10 +70,10 @@ class Backing:
         self.punch(ar)
         return 0
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write over what is there. What is not there comes with its whole granule."""
         if self.kind is BackingKind.HUGETLB:
-            hugetlb.overwrite(self.fd, self.start + offset, data)
+            hugetlb.overwrite(self.fd, self.start + offset, bytes(data))
         else:
             _write_all(self.fd, data, self.start + offset)
 
@@ -87,6 +87,13 @@ class Backing:
             return os.lseek(self.fd, self.start + offset, os.SEEK_DATA) == self.start + offset
         except OSError:  # ENXIO: there is nothing from there to the end.
             return False
+
+    def is_empty(self, ar: AddrRange) -> bool:
+        """Whether there is nothing in a range of offsets. Not for huge pages, either."""
+        try:
+            return os.lseek(self.fd, self.start + ar.start, os.SEEK_DATA) >= self.start + ar.end
+        except OSError:
+            return True
 
     def held(self, ar: AddrRange, device: int | None) -> list[AddrRange]:
         """Where there is something in a range of offsets, in order."""
@@ -377,7 +384,7 @@ def write_to(fd: int) -> Callable[[bytes, int], None]:
     return partial(_write_all, fd)
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> None:
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)

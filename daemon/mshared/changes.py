@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from functools import partial
 from typing import Final
+from weakref import WeakValueDictionary
 
 import attrs
 import trio
@@ -18,7 +19,7 @@ from mshared.comparing import write_changed
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
 from mshared.writeback import flush, sync_files
-from msharefs import protocol
+from msharefs import clean_pages, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
@@ -29,15 +30,19 @@ from msharefs.errors import (
     NoMemoryError,
     NotSupportedError,
 )
-from msharefs.perms import PROT_RW, Advice, MapFlag, Prot
+from msharefs.perms import MAP_REFPAGE, PROT_RW, Advice, MapFlag, Prot
+from msharefs.refpage import RefPage
 from msharefs.region import BackingKind
-from msharefs.vma import FileSource
+from msharefs.vma import FileSource, Source
 
 log = logging.getLogger(__name__)
 
 _KNOWN_FLAGS = MapFlag(sum(MapFlag))
 _AT_ONCE: Final = 8 * PMD_SIZE
 """Bytes of huge pages that are zeroed before others have their turn: some milliseconds."""
+_PRIVATE = MapFlag.PRIVATE | MapFlag.ANONYMOUS
+_RUNS_AT_ONCE: Final = 64
+"""Ranges that are given back before others have their turn."""
 
 
 class Changes:
@@ -48,10 +53,13 @@ class Changes:
 
     def __init__(self, read_events: Callable[[], None]) -> None:
         self._read_events = read_events
+        self._refpages: WeakValueDictionary[bytes, RefPage] = WeakValueDictionary()
+        """Those that are mapped somewhere, each once."""
 
     async def mmap(self, live: LiveAttachment, request: protocol.Mmap, file: int | None) -> protocol.Placed:
-        """Map anonymous memory, or a file, at an offset or in a gap (compare mmap(2))."""
+        """Map anonymous memory, a file or a reference page, at an offset or in a gap (compare mmap(2))."""
         flags = _checked_flags(request.flags, file)
+        refpage = self._refpage(request.refpage, flags)
         if request.file_offset < 0 or request.file_offset % PAGE_SIZE:
             raise InvalidArgumentError(f"file offset {request.file_offset} is not a multiple of {PAGE_SIZE}")
         opened = None if file is None else await open_file(file)
@@ -66,7 +74,7 @@ class Changes:
                 os.close(opened.fd)
             raise
         try:
-            placed = self._mmap(live, request, flags, opened)
+            placed = self._mmap(live, request, flags, opened or refpage)
             model = live.region.model
             await refill(live.region, model.range_at(placed.offset, request.length), self._read_events)
         finally:
@@ -74,12 +82,14 @@ class Changes:
         return placed
 
     def _mmap(
-        self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, opened: Opened | None
+        self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, shows: Opened | RefPage | None
     ) -> protocol.Placed:
-        source = None
-        if opened is not None:
-            number = live.region.add_file(opened.fd)
-            source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), opened.writable)
+        source: Source | None = None
+        if isinstance(shows, Opened):
+            number = live.region.add_file(shows.fd)
+            source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), shows.writable)
+        else:
+            source = shows
         model = live.region.model
         ar = None if request.offset is None else model.range_at(request.offset, request.length)
         replace = bool(flags & MapFlag.FIXED) and not flags & MapFlag.FIXED_NOREPLACE
@@ -106,6 +116,18 @@ class Changes:
             _check_replaceable(live.region, ar)
         self._change(live, decide)
         return protocol.Placed(model.offset_of(place[0]))
+
+    def _refpage(self, content: str | None, flags: MapFlag) -> RefPage | None:
+        """A reference page from the wire. Raises InvalidArgumentError, also where it does not fit the flags."""
+        if (content is not None) != bool(flags & MAP_REFPAGE):
+            raise InvalidArgumentError("MAP_REFPAGE and a reference page go together: give both, or neither")
+        if content is None:
+            return None
+        try:
+            found = RefPage.of(bytes.fromhex(content))
+        except ValueError:
+            raise InvalidArgumentError("a reference page comes in hexadecimal") from None
+        return self._refpages.setdefault(found.pattern, found)
 
     async def munmap(self, live: LiveAttachment, request: protocol.Munmap) -> None:
         """Unmap a range (compare munmap(2))."""
@@ -160,6 +182,8 @@ class Changes:
         mm.check_mapped(ar)
         if advice is Advice.REMOVE:
             await self._remove(live, ar)
+        elif advice in (Advice.COLD, Advice.PAGEOUT):
+            await self._drop_clean(live.region, ar)
         elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
             mm.madvise_reading(ar, advice)
         elif advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE):
@@ -180,6 +204,15 @@ class Changes:
             await trio.lowlevel.checkpoint()
             await region.family.make_way(mm, piece)
             self._change(live, partial(mm.madvise_remove, piece))
+
+    async def _drop_clean(self, region: LiveRegion, ar: AddrRange) -> None:
+        """Give back pages that show a reference page and were only read."""
+        runs = clean_pages.clean(region.model.mm, ar)
+        for first in range(0, len(runs), _RUNS_AT_ONCE):
+            some = runs[first : first + _RUNS_AT_ONCE]
+            dropped = [effect for run in some for effect in clean_pages.drop(region.model.mm, run)]
+            apply.carry_out(region, dropped, self._read_events)
+            await trio.lowlevel.checkpoint()
 
     async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
         """Write back beforehand: what a change writes back by itself, on the loop, is then little."""
@@ -278,11 +311,13 @@ def _open_again(file: int) -> Opened:
 
 def _checked_flags(number: int, file: int | None) -> MapFlag:
     """Flags from the wire. Anonymous memory is shared by the region's processes, whichever of the two is asked for."""
-    if number & ~int(_KNOWN_FLAGS):
+    if number & ~(int(_KNOWN_FLAGS) | MAP_REFPAGE):
         raise InvalidArgumentError(f"mmap flags {number:#x} have bits that a region does not know")
     flags = MapFlag(number)
     if not flags & (MapFlag.SHARED | MapFlag.PRIVATE):
         raise InvalidArgumentError("mmap needs MAP_SHARED or MAP_PRIVATE")
+    if flags & MAP_REFPAGE and (file is not None or flags & (_PRIVATE | MapFlag.SHARED) != _PRIVATE):
+        raise InvalidArgumentError("a reference page is mapped MAP_PRIVATE|MAP_ANONYMOUS|MAP_REFPAGE, without a file")
     if bool(flags & MapFlag.ANONYMOUS) == (file is not None):
         raise BadDescriptorError("mmap takes either MAP_ANONYMOUS or a file")
     return flags

@@ -142,7 +142,7 @@ def _file(region: LiveRegion) -> Iterator[tuple[int, int]]:
     (number,), (vma,) = region.files, region.model.mm.vmas
     fd = os.dup(region.files[number].fd)
     try:
-        yield fd, vma.source.offset if vma.source is not None else 0
+        yield fd, vma.file.offset if vma.file is not None else 0
     finally:
         os.close(fd)
 

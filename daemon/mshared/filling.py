@@ -205,7 +205,7 @@ def _source_of(region: LiveRegion, piece: AddrRange) -> FileSource:
     """The file behind a piece, which one VMA covers. Raises _Gone."""
     vma = None if region.closed else region.model.mm.vmas.find(piece.start)
     shows = vma is not None and vma.ar.covers(piece) and vma.prot & PROT_RW
-    source = vma.source_at(piece.start) if vma is not None and shows else None
+    source = vma.file_at(piece.start) if vma is not None and shows else None
     if source is None or source.file not in region.files:
         raise _Gone
     return source

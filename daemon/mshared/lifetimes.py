@@ -30,7 +30,7 @@ from mshared.uffd import Outcome, Uffd, is_userfaultfd
 from mshared.writeback import Settling
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.effects import Allow, Bring, Deliver, Fill, Preserve, Signal, ZeroFill
+from msharefs.effects import Allow, Bring, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
 from msharefs.fault import Fault, Resolution, handle_fault
 from msharefs.namespace import Namespace
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
-_ANSWERED_AT_ONCE: Final = (ZeroFill, Allow)
+_ANSWERED_AT_ONCE: Final = (ZeroFill, Allow, FillPattern)
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""

@@ -81,7 +81,7 @@ class LiveAttachment:
         if not self.model.readonly:
             return arming
         missing = Arming.MISSING if self.region.model.backing is BackingKind.HUGETLB else Arming.NATIVE
-        return arming & ~Arming.WP | missing
+        return arming & ~(Arming.WP | Arming.WP_CLEAN) | missing
 
     def guest(self, ar: AddrRange) -> AddrRange:
         """Where its process sees the host range ``ar``; most windows stand where the region does."""
@@ -294,8 +294,8 @@ class LiveRegion:
 
     def note_arming(self, effect: Arm) -> None:
         """Tables of memory that is write-protected in one process are its own from then on (hugetlb_unshare_pmds)."""
-        if effect.arming & Arming.WP and self.model.tables_shared:
-            why = f"stores to {effect.ar} have to be seen (read-only memory, or a shared file)"
+        if effect.arming & (Arming.WP | Arming.WP_CLEAN) and self.model.tables_shared:
+            why = f"stores to {effect.ar} have to be seen (read-only memory, a shared file, or a reference page)"
             self.model.unshared = Unshared(datetime.now(UTC).isoformat(timespec="seconds"), why)
 
     def held(self, ar: AddrRange) -> list[AddrRange]:

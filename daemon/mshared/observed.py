@@ -17,7 +17,7 @@ import attrs
 from mshared import processes
 from msharefs import uffd_abi as abi
 from msharefs.addr import Address
-from msharefs.effects import Allow, Bring, Deliver, Fill, Preserve, ZeroFill
+from msharefs.effects import Allow, Bring, Deliver, Fill, FillPattern, Preserve, ZeroFill
 from msharefs.effects import Answer as Effect
 from msharefs.perms import PROT_RW, Access, Credentials, FileAccess, Ownership
 from msharefs.region import Region
@@ -33,7 +33,15 @@ TRACE_PATIENCE_NS: Final = 5_000_000_000
 """How long a region goes on being traced after it was last asked for."""
 _AT_ONCE: Final = 1024
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
-_HOW: Final = {ZeroFill: "zero", Allow: "allow", Fill: "file", Bring: "copy", Preserve: "copy", Deliver: "refuse"}
+_HOW: Final = {
+    ZeroFill: "zero",
+    Allow: "allow",
+    Fill: "file",
+    FillPattern: "pattern",
+    Bring: "copy",
+    Preserve: "copy",
+    Deliver: "refuse",
+}
 
 
 @attrs.define
@@ -76,7 +84,7 @@ class Journal:
             vma_offset=region.offset_of(vma.ar) if vma else None,
             vma_length=vma.ar.size if vma else None,
             prot=int(vma.prot) if vma else None,
-            file=vma.source.file if vma and vma.source else None,
+            file=vma.file.file if vma and vma.file else None,
         )
         self._kept.setdefault(region.owner.uid, deque(maxlen=MOST_REFUSALS)).append(_Entry(region, refusal))
 
@@ -162,4 +170,4 @@ def _cause(vma: Vma | None, access: Access | None) -> str:
         return "hole"
     if not vma.prot & PROT_RW or (access is not None and not access.allowed_by(vma.prot)):
         return "protection"
-    return "memory" if vma.source is None else "file"
+    return "memory" if vma.file is None else "file"

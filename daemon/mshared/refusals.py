@@ -29,8 +29,9 @@ import trio
 from mshared import comparing, files, processes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, Uffd, attempt, insist
+from msharefs import clean_pages
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Bring, Signal, ZeroFill
+from msharefs.effects import Bring, FillPattern, Signal, ZeroFill
 from msharefs.fault import Fault
 from msharefs.perms import PROT_RW, Access
 from msharefs.region import BackingKind
@@ -141,7 +142,7 @@ async def refill(region: LiveRegion, ar: AddrRange, read_events: Callable[[], No
 
 async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
     """Put a page of a file where the region has none; whether there is one then."""
-    source, moves = vma.source_at(page.start), region.moves
+    source, moves = vma.file_at(page.start), region.moves
     if source is None:
         return False
     fd = os.dup(region.files[source.file].fd)
@@ -189,6 +190,10 @@ def _have(region: LiveRegion, page: AddrRange) -> bool:
     match region.model.mm.fault(Fault(page.start, Access.READ)).effect:
         case ZeroFill():
             region.filler().zero(region.model.offset_of(page))
+            return True
+        case FillPattern(_, refpage):
+            region.filler().copy(region.model.offset_of(page), refpage.repeated(page.size))
+            clean_pages.came(region.model.mm, page, clean=False)
             return True
         case Bring(copy):
             try:

@@ -127,7 +127,7 @@ class Uffd:
         self._register(ar, arming)
         if arming & Arming.WP:
             self.write_protect(ar)
-        else:
+        elif not arming & Arming.WP_CLEAN:
             # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
             with contextlib.suppress(FileNotFoundError):
                 self.write_protect(ar, protect=False)
@@ -154,7 +154,10 @@ class Uffd:
                 taker.write_protect(ar)
 
     def _register(self, ar: AddrRange, arming: Arming | abi.Mode) -> None:
-        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, int(arming), 0))
+        mode = int(arming)
+        if isinstance(arming, Arming) and arming & Arming.WP_CLEAN:
+            mode = int(arming & ~Arming.WP_CLEAN | Arming.WP)
+        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, mode, 0))
 
     def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
         """UFFDIO_WRITEPROTECT: the next store to each page is reported, or no longer (which wakes who waits)."""
@@ -179,6 +182,19 @@ class Uffd:
         """Fill ``ar`` with what this process has at ``source``; ``protected`` keeps it write-protected."""
         mode = abi.COPY_MODE_WP if protected else 0
         fcntl.ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.size, mode, 0))
+
+    def copy_some(self, ar: AddrRange, source: int, *, protected: bool) -> int:
+        """The same, up to the first page that is there already; how many bytes came. Raises OSError if none did."""
+        mode = abi.COPY_MODE_WP if protected else 0
+        request = bytearray(abi.COPY_STRUCT.pack(ar.start, source, ar.size, mode, 0))
+        try:
+            fcntl.ioctl(self.fd, abi.UFFDIO_COPY, request)
+        except BlockingIOError:
+            done = int(abi.COPY_STRUCT.unpack(request)[4])
+            if done <= 0:
+                raise
+            return done
+        return ar.size
 
     def continue_all(self, ar: AddrRange) -> int:
         """UFFDIO_CONTINUE: map pages that the file has, up to the first that it lacks; how many bytes that were."""

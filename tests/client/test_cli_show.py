@@ -93,6 +93,7 @@ def test_maps_shows_what_is_mapped(cli: Mshare, client: Callable[..., Any], name
         ["0x0", "4MiB", "rw-", "native", "4KiB"],
     ]
     memory = {"shared": True, "file": None, "file_offset": 0, "dirty": 0, "faults": 0}
+    memory |= {"refpage": None, "clean": 0}
     assert cli("maps", name, "--json").json == [
         {"offset": 0, "length": 4 << 20, "prot": 3, "paged": False, "resident": 4096, **memory}
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from msharefs import dump, histogram, protocol
+from msharefs import clean_pages, dump, histogram, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.dump import KernelFacts
 from msharefs.effects import Arm
 from msharefs.host_mm import HostMm
 from msharefs.perms import PROT_RW, Ownership, Prot
+from msharefs.refpage import RefPage
 from msharefs.region import Attachment, AttachmentId, BackingKind, Region, RegionId, Unshared
 from msharefs.vma import Arming, FileId, FileSource
 
@@ -42,6 +43,16 @@ def region_of_files() -> Region:
     for page in (4, 6):
         shown.mm.stored_to(pages(page, page + 1))
     shown.mm.filled(pages(8, 9))
+    return shown
+
+
+def region_of_refpages() -> Region:
+    """Memory that shows a reference page, two pages of it clean and one written, then such with a long pattern."""
+    shown = Region(RegionId(1), "db", Ownership(0, 0, 0), BackingKind.SMALL, HostMm(AddrRange.sized(BASE, SIZE)))
+    for first, content in ((0, b"\xaa"), (8, bytes(range(32)))):
+        shown.mm.mmap(pages(first, first + 8), 8 * PAGE_SIZE, fixed=True, source=RefPage.of(content))
+    clean_pages.came(shown.mm, pages(1, 3), clean=True)
+    clean_pages.came(shown.mm, pages(4, 5), clean=False)
     return shown
 
 
@@ -218,6 +229,25 @@ def test_pagetables_counts_levels_from_the_top_and_what_they_cost() -> None:
     )
 
 
+def test_maps_and_smaps_tell_the_pattern_of_a_reference_page_and_what_is_clean() -> None:
+    shown = region_of_refpages()
+    first = "200000000000-200000008000 rw-s 000000000000 [refpage aa]\n"
+    assert dump.maps_text(shown).startswith(first)
+    assert dump.maps_text(shown).endswith(" [refpage 000102030405060708090a0b0c0d0e0f...]\n")
+    assert dump.smaps_text(shown).startswith(
+        f"{first}"
+        "Size:                 32 kB\n"
+        "Resident:             12 kB\n"
+        "HugeLeaves:            0 kB\n"
+        "Clean:                 8 kB\n"
+        "Faults:                0\n"
+        "Mode:              paged\n"
+    )
+    told = dump.vmas(shown)
+    assert [(vma.refpage, vma.clean) for vma in told] == [("aa", 2 * PAGE_SIZE), (bytes(range(32)).hex(), 0)]
+    assert dump.region_stat(shown, FACTS).clean == 2 * PAGE_SIZE
+
+
 def test_attachments_tell_access_window_and_origin() -> None:
     ar = AddrRange.sized(BASE, SIZE)
     parent = Attachment(AttachmentId(1), 100, ar, readonly=False)
@@ -276,6 +306,7 @@ def test_stat_has_a_line_for_each_field() -> None:
         "fault_p99_ns 2038\n"
         "fault_total_ns 3000\n"
         "fault_buckets 0 2\n"
+        "clean 0\n"
     )
 
 

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from msharefs import forking
+from msharefs import clean_pages, forking
 from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange, united
 from msharefs.effects import (
     Allow,
@@ -24,6 +24,7 @@ from msharefs.effects import (
     Change,
     Copy,
     Fill,
+    FillPattern,
     Preserve,
     Protect,
     Punch,
@@ -39,15 +40,19 @@ from msharefs.host_mm import HostMm
 from msharefs.invariants import check_lineage, check_mm
 from msharefs.lineage import Lineage
 from msharefs.perms import PROT_RW, Access, Prot
-from msharefs.vma import Arming, FileId, FileSource
+from msharefs.refpage import RefPage
+from msharefs.vma import Arming, FileId, FileSource, Source
 
+REFPAGE = RefPage(b"\xaa")
+PATTERN = -1_000_000
+"""What its pages hold."""
 HOLE = 8
 """No protection that a mapping may have."""
 SIZE = 2 * 512 + 6
 """Pages of the region: of small ones, two tables of them and a bit."""
 ALL = frozenset(range(SIZE))
 BORDER = 65 * PGDIR_SIZE
-CORNERS = [0, 1, 2, 3, 510, 511, 512, 513, 1023, 1024]
+CORNERS = [0, 1, 2, 3, 510, 511, 512, 513, 514, 1023, 1024]
 """Borders of tables and of mappings, and few pages besides, so that much happens to each."""
 PAGES = st.sampled_from([*CORNERS * 3, SIZE - 1, 100, 700])
 PROTS = st.sampled_from([Prot.NONE, Prot.READ, PROT_RW, PROT_RW])
@@ -104,12 +109,15 @@ class Attached:
 
     def arm(self, pages: Iterable[int], arming: Arming) -> None:
         span = set(pages)
-        for bit, reported in (
+        for bits, reported in (
             (Arming.MISSING, self.missing),
-            (Arming.WP, self.reporting_stores),
+            (Arming.WP | Arming.WP_CLEAN, self.reporting_stores),
             (Arming.WP, self.protected),
         ):
-            (reported.update if arming & bit else reported.difference_update)(span)
+            if arming & bits:
+                reported.update(span)
+            elif reported is not self.protected or not arming & Arming.WP_CLEAN:
+                reported.difference_update(span)
 
 
 @attrs.define
@@ -150,7 +158,14 @@ class Member:
         new = Attached()
         for ar, arming in self.mm.armings():
             new.arm(self.kind.pages_of(ar), arming)
+        new.protected.update(self.clean())
         return new
+
+    def clean(self) -> set[int]:
+        return {page for run in clean_pages.clean(self.mm, self.mm.ar) for page in self.kind.pages_of(run)}
+
+    def of_refpages(self) -> set[int]:
+        return {page for vma in self.mm.vmas if vma.refpage for page in self.kind.pages_of(vma.ar)}
 
     def present(self) -> set[int]:
         return {page for page, content in enumerate(self.memory) if content is not None}
@@ -233,7 +248,8 @@ class ForkingMachine(RuleBasedStateMachine):
         self.written: set[int] = set()
         self.map(first, range(SIZE), PROT_RW, None)
         self.map(first, range(2, 4), PROT_RW, self.new_file(shared=True))
-        self.map(first, range(511, 513), PROT_RW, self.new_file(shared=False))
+        self.map(first, range(510, 512), PROT_RW, self.new_file(shared=False))
+        self.map(first, range(512, 515), PROT_RW, REFPAGE)
         self.call(first, range(1024, 1026), None, lambda ar: first.mm.munmap(ar))
 
     def pick(self, number: int) -> tuple[Member, Attached]:
@@ -247,19 +263,23 @@ class ForkingMachine(RuleBasedStateMachine):
 
     # The calls.
 
-    @rule(number=NUMBERS, span=spans(), prot=PROTS, file=st.sampled_from(["none", "none", "private", "shared"]))
-    def mmap(self, number: int, span: range, prot: Prot, file: str) -> None:
+    @rule(number=NUMBERS, span=spans(), prot=PROTS, shows=st.sampled_from(["none", "refpage", "private", "shared"]))
+    def mmap(self, number: int, span: range, prot: Prot, shows: str) -> None:
         """Map anew, mostly over something, the first page of which has been stored to."""
         self.touch(number, span.start, Access.WRITE)
-        source = None if file == "none" else self.new_file(shared=file == "shared")
+        source: Source | None = None
+        if shows != "none":
+            source = REFPAGE if shows == "refpage" else self.new_file(shared=shows == "shared")
         self.map(self.pick(number)[0], span, prot, source)
 
-    def map(self, member: Member, span: range, prot: Prot, source: FileSource | None) -> None:
+    def map(self, member: Member, span: range, prot: Prot, source: Source | None) -> None:
         def call(ar: AddrRange) -> list[Change]:
             return member.mm.mmap(ar, ar.size, prot, fixed=True, replace=True, source=source)[1]
 
         contents: list[int | None] = [0] * len(span)
-        if source is not None:
+        if isinstance(source, RefPage):
+            contents = [PATTERN] * len(span)
+        elif source is not None:
             contents = [None if source.shared else in_file(source.file, page) for page in range(len(span))]
         self.call(member, span, [int(prot)] * len(span), call, contents)
 
@@ -288,8 +308,17 @@ class ForkingMachine(RuleBasedStateMachine):
         prots = member.asked.prots[span.start : span.stop]
         if not all(prot & 2 for prot in prots):
             return
-        if not any(vma.source for vma in member.mm.vmas.overlapping(self.kind.ar_of(span))):
-            self.call(member, span, prots, member.mm.madvise_remove)
+        if not any(vma.file for vma in member.mm.vmas.overlapping(self.kind.ar_of(span))):
+            of_refpages = member.of_refpages()
+            contents: list[int | None] = [PATTERN if page in of_refpages else 0 for page in span]
+            self.call(member, span, prots, member.mm.madvise_remove, contents)
+
+    @rule(number=NUMBERS, span=spans())
+    def drop_clean_pages(self, number: int, span: range) -> None:
+        member = self.pick(number)[0]
+        dropped = clean_pages.drop(member.mm, self.kind.ar_of(span))
+        for effect in dropped:
+            member.carry_out(effect, self.written)
 
     def call(
         self,
@@ -353,6 +382,16 @@ class ForkingMachine(RuleBasedStateMachine):
             if access is Access.WRITE:
                 self.store(member, page)
 
+    @rule(
+        number=NUMBERS, picks=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(Access)), min_size=1, max_size=3)
+    )
+    def touch_reference_pages(self, number: int, picks: list[tuple[int, Access]]) -> None:
+        """Touches of any page meet these too seldom."""
+        member = self.pick(number)[0]
+        pages = sorted(member.of_refpages() & set(CORNERS) & member.asked.writable())
+        for pick, access in picks if pages else ():
+            self.touch(number, pages[pick % len(pages)], access)
+
     @rule(first=NUMBERS, page=PAGES)
     def all_store(self, first: int, page: int) -> None:
         """A process of every member stores to the same page."""
@@ -405,6 +444,14 @@ class ForkingMachine(RuleBasedStateMachine):
                     if member.memory[page] is None:
                         member.memory[page] = in_file(file, offset // self.kind.page)
                     member.mm.filled(ar)
+            case FillPattern(ar, _, clean):
+                for other in member.attached if clean else ():
+                    other.protected.update(self.kind.pages_of(ar))
+                for page in itertools.takewhile(lambda page: member.memory[page] is None, self.kind.pages_of(ar)):
+                    member.memory[page] = PATTERN
+                    if not clean:
+                        by.protected.discard(page)
+                    clean_pages.came(member.mm, self.kind.ar_of(range(page, page + 1)), clean=clean)
             case ZeroFill(ar, protected):
                 (page,) = self.kind.pages_of(ar)
                 if member.memory[page] is None:
@@ -441,7 +488,7 @@ class ForkingMachine(RuleBasedStateMachine):
         new = member.newly_attached()
         old = member.attached[number % 2]
         assert (new.missing, new.reporting_stores) == (old.missing, old.reporting_stores)
-        assert new.protected >= old.protected
+        assert new.protected >= old.protected - member.of_refpages()
         member.attached[number % 2] = new
 
     # The family.
@@ -518,9 +565,11 @@ class ForkingMachine(RuleBasedStateMachine):
         shared: set[int] = set()
         for vma in member.mm.vmas:
             pages = self.kind.pages_of(vma.ar)
-            if vma.source is not None:
+            if isinstance(vma.source, FileSource):
                 first = vma.source.offset // self.kind.page
                 shown[pages.start : pages.stop] = [in_file(vma.source.file, first + n) for n in range(len(pages))]
+            elif vma.source is not None:
+                shown[pages.start : pages.stop] = [PATTERN] * len(pages)
             if vma.reaches_file:
                 shared.update(pages)
         for run, pte in member.mm.table.runs(member.mm.ar):
@@ -581,6 +630,13 @@ class ForkingMachine(RuleBasedStateMachine):
             for granule in {self.kind.granule_of(page) for page in member.fillable()}:
                 assert empty.issuperset(set(granule) - present)
                 assert taken.isdisjoint(granule)
+
+    @invariant()
+    def clean_pages_hold_what_their_reference_page_says_and_stores_to_them_are_seen(self) -> None:
+        for member in self.members.values():
+            clean = member.clean()
+            assert clean.isdisjoint(member.storable())
+            assert {member.memory[page] for page in clean} <= {PATTERN}
 
     @invariant()
     def stores_to_shared_files_count(self) -> None:

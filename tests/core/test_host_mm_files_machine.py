@@ -1,8 +1,9 @@
-"""Files in a host mm against a naive model: dicts of pages for the region, and for what its files should hold.
+"""Files and reference pages in a host mm against a naive model: dicts of pages for the region, and for what its files
+should hold.
 
 ``Kernel`` knows nothing but the effects: two attachments, the memory behind them, and the files, which change by
-``WriteBack`` alone. Whatever happens, a reader sees the last store, private stores stay in the region, and a shared
-one is in its file or its page counts as dirty.
+``WriteBack`` alone. Whatever happens, a reader sees the last store, private stores stay in the region, a shared one is
+in its file or its page counts as dirty, and what counts as clean holds what its reference page says.
 """
 
 from __future__ import annotations
@@ -16,14 +17,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from msharefs import clean_pages
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
-from msharefs.effects import Allow, Arm, Change, Fill, Protect, Punch, Signal, Stash, Unstash, WriteBack, ZeroFill
+from msharefs.effects import (
+    Allow,
+    Arm,
+    Change,
+    Fill,
+    FillPattern,
+    Protect,
+    Punch,
+    Signal,
+    Stash,
+    Unstash,
+    WriteBack,
+    ZeroFill,
+)
 from msharefs.errors import AccessDeniedError, MshareError, NoMemoryError, NotSupportedError
 from msharefs.fault import Fault
 from msharefs.host_mm import HostMm
 from msharefs.invariants import check_mm
-from msharefs.perms import PROT_RW, Access, Prot
-from msharefs.vma import Arming, FileId, FileSource, Vma
+from msharefs.perms import PROT_RW, Access, Advice, Prot
+from msharefs.refpage import RefPage
+from msharefs.vma import Arming, FileId, FileSource, Source, Vma
 
 SIZE = 13
 """Pages of the region."""
@@ -65,18 +81,28 @@ def written_first(where: FilePage) -> int:
     return -1000 * where[0] - where[1]
 
 
+def pattern(refpage: RefPage) -> int:
+    """What a reference page holds: a number of its own, below those of files."""
+    return -1_000_000 - refpage.pattern[0]
+
+
 @attrs.frozen
 class Page:
     """What a page was asked to be, what a reader must see there, and what of which file it shows."""
 
     prot: Prot
     content: int = 0
-    source: FileSource | None = None
+    source: Source | None = None
     where: FilePage | None = None
 
     @property
     def shared(self) -> bool:
-        return self.source is not None and self.source.shared
+        return isinstance(self.source, FileSource) and self.source.shared
+
+    @property
+    def removed(self) -> int:
+        """What it holds when its memory was given back."""
+        return pattern(self.source) if isinstance(self.source, RefPage) else 0
 
 
 Asked = dict[int, Page]
@@ -94,6 +120,10 @@ def anonymous(asked: Asked) -> set[int]:
     return {number for number, page in asked.items() if page.source is None}
 
 
+def of_refpages(asked: Asked) -> set[int]:
+    return {number for number, page in asked.items() if isinstance(page.source, RefPage)}
+
+
 class Attached:
     """What is armed in one process."""
 
@@ -103,8 +133,12 @@ class Attached:
         self.protected: set[int] = set()
 
     def arm(self, ar: AddrRange, arming: Arming) -> None:
-        for bit, reported in ((Arming.MISSING, self.missing), (Arming.WP, self.protected)):
-            (reported.update if arming & bit else reported.difference_update)(self.scale.pages_of(ar))
+        pages = self.scale.pages_of(ar)
+        (self.missing.update if arming & Arming.MISSING else self.missing.difference_update)(pages)
+        if arming & Arming.WP:
+            self.protected.update(pages)
+        elif not arming & Arming.WP_CLEAN:
+            self.protected.difference_update(pages)
 
 
 class Kernel:
@@ -189,6 +223,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         self.mmap_anonymous(range(9, SIZE), PROT_RW)
         for span, shared in ((range(1, 6), True), (range(6, 8), False)):
             self.mmap_file(span, PROT_RW, offset=3, shared=shared, may_write=True)
+        self.mmap_refpage(range(8, 10), PROT_RW, 1)
 
     # The calls.
 
@@ -201,14 +236,19 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         """Map a file that the region has not seen yet."""
         self.map_source(span, prot, FileSource(FileId(next(self.numbers)), offset * self.page, shared, may_write))
 
+    @rule(span=spans(), prot=PROTS, number=st.integers(1, 2))
+    def mmap_refpage(self, span: range, prot: Prot, number: int) -> None:
+        refpage = RefPage(bytes([number]))
+        self.mmap(span, {page: Page(prot, pattern(refpage), refpage) for page in span}, prot, refpage)
+
     @rule(count=st.integers(1, 9), at=st.none() | PAGES, data=st.data())
     def mmap_more_of_a_file(self, count: int, at: int | None, data: st.DataObject) -> None:
         """Map what comes behind a part that is mapped, right behind it or elsewhere, unless it is mapped already."""
-        shown = [vma for vma in self.mm.vmas if vma.source is not None]
+        shown = [vma for vma in self.mm.vmas if vma.file is not None]
         if not shown:
             return
         vma = data.draw(st.sampled_from(shown))
-        source = vma.source_at(vma.ar.end)
+        source = vma.file_at(vma.ar.end)
         assert source is not None
         first = self.pages_of(vma.ar).stop if at is None else at
         span = range(first, min(first + count, SIZE))
@@ -225,9 +265,9 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             new[page] = Page(prot, self.files.get(where, written_first(where)), at, where)
         self.mmap(span, new, prot, source)
 
-    def mmap(self, span: range, new: Asked, prot: Prot, source: FileSource | None) -> None:
+    def mmap(self, span: range, new: Asked, prot: Prot, source: Source | None) -> None:
         ar = self.ar_of(span)
-        if source is not None and source.shared and prot & Prot.WRITE and not source.writable:
+        if isinstance(source, FileSource) and source.shared and prot & Prot.WRITE and not source.writable:
             with pytest.raises(AccessDeniedError):
                 self.mm.mmap(ar, ar.size, prot, fixed=True, replace=True, source=source)
             return
@@ -241,11 +281,13 @@ class HostMmFilesMachine(RuleBasedStateMachine):
 
     @rule(span=spans(), prot=PROTS)
     def mprotect(self, span: range, prot: Prot) -> None:
-        sources = [page.source for number, page in self.asked.items() if number in span]
+        pages = [page for number, page in self.asked.items() if number in span]
         error: type[MshareError] | None = None
-        if len(sources) < len(span):
+        if len(pages) < len(span):
             error = NoMemoryError
-        elif prot & Prot.WRITE and any(s is not None and s.shared and not s.writable for s in sources):
+        elif prot & Prot.WRITE and any(
+            isinstance(p.source, FileSource) and p.shared and not p.source.writable for p in pages
+        ):
             error = AccessDeniedError
         if error is not None:
             with pytest.raises(error):
@@ -262,15 +304,28 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             error = NoMemoryError
         elif not writable(self.asked).issuperset(span):
             error = AccessDeniedError
-        elif not anonymous(self.asked).issuperset(span):
+        elif not (anonymous(self.asked) | of_refpages(self.asked)).issuperset(span):
             error = NotSupportedError
         if error is not None:
             with pytest.raises(error):
                 self.mm.madvise_remove(self.ar_of(span))
             return
-        before, new = self.asked, {page: attrs.evolve(self.asked[page], content=0) for page in span}
+        before, new = (
+            self.asked,
+            {page: attrs.evolve(self.asked[page], content=self.asked[page].removed) for page in span},
+        )
         self.asked = {**self.asked, **new}
         self.follow(before, self.mm.madvise_remove(self.ar_of(span)))
+
+    @rule(span=spans(), advice=st.sampled_from([Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL]))
+    def madvise_reading(self, span: range, advice: Advice) -> None:
+        if self.asked.keys() >= set(span):
+            self.mm.madvise_reading(self.ar_of(span), advice)
+
+    @rule(span=spans())
+    def drop_clean_pages(self, span: range) -> None:
+        self.follow(self.asked, list(clean_pages.drop(self.mm, self.ar_of(span))))
+        assert clean_pages.clean(self.mm, self.ar_of(span)) == []
 
     @rule(span=spans())
     def write_back(self, span: range) -> None:
@@ -315,6 +370,13 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         for pick, process in picks if pages else ():
             self.touch(pages[pick % len(pages)], Access.WRITE, process)
 
+    @rule(picks=st.lists(st.tuples(PAGES, st.sampled_from(Access), st.integers(0, 1)), min_size=1, max_size=4))
+    def touch_reference_pages(self, picks: list[tuple[int, Access, int]]) -> None:
+        """And these; often one after the other."""
+        pages = sorted(writable(self.asked) & of_refpages(self.asked))
+        for number, (pick, access, process) in enumerate(picks) if pages else ():
+            self.touch(pages[(picks[0][0] + number if pick % 2 else pick) % len(pages)], access, process)
+
     def store(self, page: int, asked: Page) -> None:
         token = next(self.tokens)
         self.kernel.memory[page] = token
@@ -347,10 +409,13 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             case Fill(ar, file, offset):
                 vma = self.mm.vmas.find(fault.addr)
                 assert vma is not None
-                source = vma.source_at(ar.start)
+                source = vma.file_at(ar.start)
                 assert source is not None
                 assert (source.file, source.offset) == (file, offset)
                 self.read(vma, ar)
+            case FillPattern():
+                assert self.pages_of(resolution.effect.ar).start == (fault.addr - self.start) // self.page
+                self.fill_pattern(resolution.effect, by)
             case ZeroFill(ar, protected):
                 (page,) = self.pages_of(ar)
                 if page not in self.kernel.memory:
@@ -358,6 +423,23 @@ class HostMmFilesMachine(RuleBasedStateMachine):
                     if not protected:
                         by.protected.discard(page)
         return resolution.signal
+
+    def fill_pattern(self, effect: FillPattern, by: Attached) -> None:
+        """Protect in all other processes, then fill page after page, up to one that is there."""
+        for other in self.kernel.attached if effect.clean else ():
+            if other is not by:
+                other.protected.update(self.pages_of(effect.ar))
+        for page in itertools.takewhile(lambda page: page not in self.kernel.memory, self.pages_of(effect.ar)):
+            self.kernel.memory[page] = pattern(effect.refpage)
+            (by.protected.add if effect.clean else by.protected.discard)(page)
+            clean_pages.came(self.mm, self.ar_of(range(page, page + 1)), clean=effect.clean)
+
+    @rule(page=PAGES, process=st.integers(0, 1))
+    def late_store(self, page: int, process: int) -> None:
+        """A store to a protected page is decided after that has gone, perhaps."""
+        if page in of_refpages(self.asked):
+            fault = Fault(Address(self.start + page * self.page), Access.WRITE, protected=True)
+            self.serve(fault, self.kernel.attached[process])
 
     @rule(page=PAGES, access=st.sampled_from(Access), process=st.integers(0, 1))
     def late_fault(self, page: int, access: Access, process: int) -> None:
@@ -368,7 +450,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         """Read a page and its neighbours, as far as the mapping reaches."""
         piece = AddrRange.page_at(page.start, 2 * self.page).intersect(vma.ar)
         assert piece is not None
-        source = vma.source_at(piece.start)
+        source = vma.file_at(piece.start)
         assert source is not None
         first = source.offset // self.page
         data = [self.kernel.in_file((int(source.file), first + n)) for n in range(piece.size // self.page)]
@@ -396,6 +478,8 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         other = Attached(self.kernel.attached[process].scale)
         for ar, arming in self.mm.armings():
             other.arm(ar, arming)
+        for run in clean_pages.clean(self.mm, self.mm.ar):
+            other.protected.update(self.pages_of(run))
         assert other.missing == self.kernel.attached[process].missing
         self.kernel.attached[process] = other
 
@@ -404,11 +488,11 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         """Somebody asks for the tables; ``late``: the kernel was asked before other things happened."""
         present = self.present if late else set(self.kernel.memory)
         self.told_late = present - self.kernel.memory.keys()
-        dirty = self.mm.dirty(self.mm.ar)
+        dirty, clean = self.mm.dirty(self.mm.ar), clean_pages.clean(self.mm, self.mm.ar)
         self.mm.sync(
             (self.ar_of(range(page, page + 1)) for page in sorted(present)), huge=huge or self.page > PAGE_SIZE
         )
-        assert self.mm.dirty(self.mm.ar) == dirty
+        assert (self.mm.dirty(self.mm.ar), clean_pages.clean(self.mm, self.mm.ar)) == (dirty, clean)
         self.present = set(self.kernel.memory)
 
     # What must hold.
@@ -459,9 +543,9 @@ class HostMmFilesMachine(RuleBasedStateMachine):
     def vmas_are_what_was_asked(self) -> None:
         shown = dict(self.pages_of_vmas())
         assert shown == {number: (page.prot, page.source) for number, page in self.asked.items()}
-        assert self.mm.files() == {page.source.file for page in self.asked.values() if page.source is not None}
+        assert self.mm.files() == {p.source.file for p in self.asked.values() if isinstance(p.source, FileSource)}
 
-    def pages_of_vmas(self) -> Iterator[tuple[int, tuple[Prot, FileSource | None]]]:
+    def pages_of_vmas(self) -> Iterator[tuple[int, tuple[Prot, Source | None]]]:
         for vma in self.mm.vmas:
             for page in self.pages_of(vma.ar):
                 yield page, (vma.prot, vma.source_at(Address(self.start + page * self.page)))
@@ -473,7 +557,7 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         held = {**self.kernel.memory, **self.kernel.stash}
         assert held.keys() <= self.asked.keys()
         for number, page in self.asked.items():
-            fresh = self.kernel.in_file(page.where) if page.where is not None else 0
+            fresh = self.kernel.in_file(page.where) if page.where is not None else page.removed
             assert held.get(number, fresh) == page.content
 
     @invariant()
@@ -489,6 +573,14 @@ class HostMmFilesMachine(RuleBasedStateMachine):
         shared = {number for number, page in self.asked.items() if page.shared}
         assert self.dirty() <= shared & writable(self.asked) & self.kernel.memory.keys()
         assert self.kernel.storable() & shared <= self.dirty()
+
+    @invariant()
+    def clean_pages_hold_what_their_reference_page_says_and_stores_to_them_are_seen(self) -> None:
+        clean = {page for run in clean_pages.clean(self.mm, self.mm.ar) for page in self.pages_of(run)}
+        assert clean <= of_refpages(self.asked) & readable(self.asked)
+        assert clean.isdisjoint(self.kernel.storable())
+        for page in clean:
+            assert self.kernel.memory[page] == self.asked[page].removed
 
     @invariant()
     def what_is_installed_is_there(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from mshared import apply
 from mshared.backing import MemfdStore, extents
 from mshared.changes import Changes, checked_prot
 from mshared.live import LiveAttachment, LiveRegion
-from msharefs import protocol
+from msharefs import clean_pages, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.errors import (
     AccessDeniedError,
@@ -30,6 +32,7 @@ from msharefs.errors import (
 )
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Credentials, Ownership, Prot
+from msharefs.refpage import RefPage
 from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
@@ -95,7 +98,8 @@ class World:
         """Map; the page where it was placed."""
         live, file = more.pop("live", self.mine), more.pop("file", None)
         offset = None if first is None else first * PAGE_SIZE
-        request = protocol.Mmap(NUMBER, offset, count * PAGE_SIZE, prot, flags, more.get("at", 0))
+        refpage = more.get("refpage")
+        request = protocol.Mmap(NUMBER, offset, count * PAGE_SIZE, prot, flags, more.get("at", 0), refpage)
         return trio.run(self.changes.mmap, live, request, file).offset // PAGE_SIZE
 
     def munmap(self, first: int, count: int = 1, live: LiveAttachment | None = None) -> None:
@@ -498,3 +502,63 @@ def test_protections_from_the_wire(number: int, prot: Prot) -> None:
 def test_bits_that_no_protection_has(number: int) -> None:
     with pytest.raises(InvalidArgumentError, match="unknown bits"):
         checked_prot(number)
+
+
+class TestReferencePages:
+    """Memory that shows a pattern."""
+
+    SHOW = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x400000 | FIXED
+
+    def test_they_are_mapped_and_armed_in_every_attachment(self, world: World) -> None:
+        world.write(4, 5)
+        assert world.mmap(4, 2, flags=self.SHOW, refpage="aabb") == 4
+        assert world.armed() == [(world.ar(4, 2), Arming.MISSING | Arming.WP_CLEAN)]
+        assert world.held() == []
+        assert [vma.source for vma in world.region.model.mm.vmas] == [None, RefPage(b"\xaa\xbb"), None]
+
+    def test_equal_ones_are_one_until_nobody_maps_them(self, world: World) -> None:
+        for first, content in ((0, "aa"), (4, "aaaa"), (8, "aa" * 4096)):
+            world.mmap(first, 2, flags=self.SHOW, refpage=content)
+        shown = [vma.refpage for vma in world.region.model.mm.vmas if vma.refpage is not None]
+        assert len({id(refpage) for refpage in shown}) == 1
+        last = weakref.ref(shown.pop())
+        shown.clear()
+        for first in (0, 4):
+            world.munmap(first, 2)
+        gc.collect()
+        assert last() is not None
+        world.munmap(8, 2)
+        gc.collect()
+        assert last() is None
+
+    @pytest.mark.parametrize(
+        ("flags", "content"),
+        [
+            (SHOW, None),
+            (ANONYMOUS | FIXED, "aa"),
+            (mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | 0x400000, "aa"),
+            (mmap.MAP_PRIVATE | 0x400000, "aa"),
+            (SHOW, ""),
+            (SHOW, "aaa"),
+            (SHOW, "aabbcc"),
+            (SHOW, "no"),
+            (SHOW, "aa" * 8192),
+        ],
+    )
+    def test_what_fits_no_rule_is_refused(self, world: World, flags: int, content: str | None) -> None:
+        with pytest.raises(InvalidArgumentError):
+            world.mmap(4, 2, flags=flags, refpage=content)
+        assert world.vmas() == [(0, 512, 3)]
+
+    def test_nor_together_with_a_file(self, world: World) -> None:
+        with open(os.devnull, "rb") as file, pytest.raises(InvalidArgumentError, match="without a file"):
+            world.mmap(4, 2, flags=self.SHOW & ~mmap.MAP_ANONYMOUS, refpage="aa", file=file.fileno())
+
+    @pytest.mark.parametrize("advice", [20, 21])
+    def test_clean_pages_are_given_back(self, world: World, advice: int) -> None:
+        world.mmap(0, 512, flags=self.SHOW, refpage="aa")
+        world.write(*range(0, 200, 2))
+        for number in range(0, 200, 2):
+            clean_pages.came(world.region.model.mm, world.ar(number), clean=number % 4 == 0)
+        world.madvise(0, 512, advice)
+        assert world.held() == list(range(2, 200, 4))

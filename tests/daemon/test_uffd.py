@@ -234,6 +234,45 @@ def test_arming_for_stores_reports_them_on_what_was_armed_for_missing_pages(apar
     apart(work)
 
 
+def test_arming_for_stores_to_clean_pages_protects_nothing_and_leaves_what_is_protected(apart: Apart) -> None:
+    def work() -> None:
+        memory = Memory()
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP_CLEAN)
+        for number in (0, 1):
+            os.pwrite(memory.file, b"\1", number * PAGE_SIZE)
+        memory.start_store(2).join()
+        memory.uffd.write_protect(memory.page(1))
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP_CLEAN)
+        thread = memory.start_store(3, PAGE_SIZE)
+        flags, addr, _ = memory.message()
+        assert flags & abi.FLAG_WP
+        assert addr == memory.page(1).start
+        memory.uffd.write_protect(memory.page(1), protect=False)
+        thread.join()
+        assert (memory.byte(), memory.byte(PAGE_SIZE)) == (2, 3)
+
+    apart(work)
+
+
+def test_a_copy_brings_what_is_missing_up_to_what_is_there(apart: Apart) -> None:
+    def work() -> None:
+        memory, source = Memory(), ctypes.create_string_buffer(b"\7" * 4 * PAGE_SIZE)
+        memory.uffd.arm(memory.ar, Arming.MISSING | Arming.WP_CLEAN)
+        os.pwrite(memory.file, b"\1", 2 * PAGE_SIZE)
+        assert memory.uffd.copy_some(memory.ar, ctypes.addressof(source), protected=True) == 2 * PAGE_SIZE
+        assert [memory.byte(number * PAGE_SIZE) for number in range(4)] == [7, 7, 1, 0]
+        with pytest.raises(FileExistsError):
+            memory.uffd.copy_some(memory.page(2), ctypes.addressof(source), protected=True)
+        assert memory.uffd.copy_some(memory.page(3), ctypes.addressof(source), protected=False) == PAGE_SIZE
+        memory.start_store(9, 3 * PAGE_SIZE).join()
+        thread = memory.start_store(9, PAGE_SIZE)
+        assert memory.message()[0] & abi.FLAG_WP
+        memory.uffd.arm(memory.ar, Arming.NATIVE)
+        thread.join()
+
+    apart(work)
+
+
 def test_neighbours_are_not_armed(apart: Apart) -> None:
     def work() -> None:
         memory = Memory(3)

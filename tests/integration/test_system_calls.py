@@ -93,15 +93,16 @@ def with_files(show):
     with_file(lambda fd: [show(part * MIB, shared, fd) for part, shared in ((5, 1), (6, 2))], name="mapped")
 def plain():
     "Memory of this process's own, mapped as that of ``create`` is."
-    base = sc.mmap(0x5000_0000_0000, 8 * MIB, 3, 0x21 | sc.MAP_FIXED_NOREPLACE)  # Where nothing will fill the holes.
-    for part in (1, 4, 7): sc.munmap(base + part * MIB, MIB)
+    base = sc.mmap(0x5000_0000_0000, 10 * MIB, 3, 0x21 | sc.MAP_FIXED_NOREPLACE)  # Where nothing will fill the holes.
+    for part in (1, 4, 7, 9): sc.munmap(base + part * MIB, MIB)
     sc.mprotect(base + 2 * MIB, MIB, 1); sc.mprotect(base + 3 * MIB, MIB, 0)
     with_files(lambda at, shared, fd: sc.mmap(base + at, MIB, 3, 0x10 | shared, fd))
     return base
 def create():
-    "A region, a MiB each: memory, hole, read-only, no access, hole, shared file, private file, hole. Its address."
+    "A region, a MiB each: memory, hole, read-only, no access, hole, a file twice, hole, reference page, hole."
     global r
-    r = mshare.mshare(name, None, 8 * MIB, CREATE, empty=True, backing=backing)
+    r = mshare.mshare(name, None, 10 * MIB, CREATE, empty=True, backing=backing)
+    r.mmap(MIB, flags=0x400032, offset=8 * MIB, refpage=mshare.refpage_create(b"refpage."))
     for part, prot in ((0, 3), (2, 1), (3, 0)): r.mmap(MIB, prot, offset=part * MIB)
     with_files(lambda at, shared, fd: r.mmap(MIB, flags=shared, offset=at, fd=fd))
     return r.address
@@ -123,6 +124,8 @@ SPOTS = [
     (6 * MIB + 8 * PAGE, 3 * PAGE),
     (7 * MIB - PAGE, 2 * PAGE),  # from a file into a hole
     (8 * MIB - PAGE, PAGE),
+    (8 * MIB + PAGE, 3 * PAGE),  # a reference page
+    (9 * MIB - PAGE, 2 * PAGE),  # from it into a hole
 ]
 READ_ONLY_SPOTS = [(2 * MIB + PAGE, 3 * PAGE), (2 * MIB - PAGE, 2 * PAGE), (3 * MIB - PAGE, 2 * PAGE)]
 HOLE = SPOTS[5]

@@ -18,6 +18,7 @@ from msharefs.effects import (
     Deliver,
     Effect,
     Fill,
+    FillPattern,
     Preserve,
     Protect,
     Punch,
@@ -70,7 +71,7 @@ def calls_take_enums_and_keywords(mm: HostMm, ar: AddrRange) -> None:
 def the_effects_are_these_and_no_more(effect: Effect) -> None:
     match effect:
         case (Arm() | Protect() | Punch() | Stash() | Unstash() | WriteBack()) | (
-            Allow() | Bring() | Deliver() | Fill() | Preserve() | ZeroFill()
+            Allow() | Bring() | Deliver() | Fill() | FillPattern() | Preserve() | ZeroFill()
         ):
             pass
         case _:

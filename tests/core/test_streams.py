@@ -1,0 +1,88 @@
+"""How many pages a touch of a reference page brings."""
+
+from __future__ import annotations
+
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
+from msharefs.perms import Advice
+from msharefs.streams import MOST, Streams
+
+BASE = 32 << 40
+FREE = AddrRange.sized(BASE, 16 * MOST)
+
+
+def page(offset: int) -> AddrRange:
+    return AddrRange.sized(BASE + offset, PAGE_SIZE)
+
+
+def sizes_in_order(streams: Streams, start: int, end: int, advice: Advice = Advice.NORMAL) -> list[int]:
+    """What comes at once when everything in between is touched in order."""
+    found, at = [], start
+    while at < end:
+        piece = streams.piece(page(at), FREE, advice)
+        assert piece.start == BASE + at
+        found.append(piece.size)
+        at += piece.size
+    return found
+
+
+def test_a_touch_on_its_own_brings_its_page_alone() -> None:
+    streams = Streams()
+    for number in (0, 7, 3, 5000):
+        assert streams.piece(page(number * PAGE_SIZE), FREE, Advice.NORMAL) == page(number * PAGE_SIZE)
+
+
+def test_in_order_ever_more_comes_up_to_a_border() -> None:
+    sizes = sizes_in_order(Streams(), 0, 3 * MOST)
+    assert sizes[0] == PAGE_SIZE
+    assert sizes[-2:] == [MOST, MOST]
+    assert len(sizes) <= 8
+    grown = sizes[: sizes.index(max(sizes[:-2]))]
+    assert grown == sorted(grown)
+
+
+def test_no_piece_crosses_a_border() -> None:
+    at = 0
+    streams = Streams()
+    for _ in range(20):
+        piece = streams.piece(page(at), FREE, Advice.NORMAL)
+        assert (piece.start - BASE) // MOST == (piece.end - 1 - BASE) // MOST
+        at += piece.size
+
+
+def test_several_streams_grow_side_by_side() -> None:
+    streams, at = Streams(), [0, 4 * MOST, 8 * MOST]
+    for _ in range(4):
+        at = [start + streams.piece(page(start), FREE, Advice.NORMAL).size for start in at]
+    assert [end % (4 * MOST) for end in at] == [at[0]] * 3
+    assert at[0] > 16 * PAGE_SIZE
+
+
+def test_old_streams_are_forgotten() -> None:
+    streams = Streams()
+    streams.piece(page(0), FREE, Advice.NORMAL)
+    for number in range(1000):
+        streams.piece(page((2 * number + 8) * PAGE_SIZE), FREE, Advice.NORMAL)
+    assert streams.piece(page(PAGE_SIZE), FREE, Advice.NORMAL) == page(PAGE_SIZE)
+
+
+def test_nothing_comes_that_is_not_free() -> None:
+    free = AddrRange.sized(BASE, 2 * PAGE_SIZE)
+    streams = Streams()
+    streams.piece(page(0), free, Advice.NORMAL)
+    assert streams.piece(page(PAGE_SIZE), free, Advice.NORMAL) == page(PAGE_SIZE)
+
+
+def test_with_random_order_each_page_comes_alone() -> None:
+    assert set(sizes_in_order(Streams(), 0, 16 * PAGE_SIZE, Advice.RANDOM)) == {PAGE_SIZE}
+
+
+def test_with_sequential_order_all_comes_up_to_a_border() -> None:
+    assert sizes_in_order(Streams(), MOST // 2, 2 * MOST, Advice.SEQUENTIAL) == [MOST // 2, MOST]
+
+
+def test_a_huge_page_comes_alone() -> None:
+    huge = AddrRange.sized(BASE, PMD_SIZE)
+    streams = Streams()
+    for _ in range(3):
+        assert streams.piece(huge, FREE, Advice.NORMAL) == huge
+        huge = huge.moved(PMD_SIZE)
