@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from mshared.backing import Backing
+from mshared.backing import Backing, resident
 from msharefs import forking
 from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.effects import Copy
@@ -70,6 +70,8 @@ class Family:
             self.copied += copy.ar.size
             if copy.source not in self.regions:
                 self._punch_unneeded(mm, copy)
+                if not resident(self.backings[copy.source].fd):
+                    self._release(mm, copy.source)
             del copies[0]
 
     def make_or_reclaim(self, mm: HostMm, copies: Iterable[Copy]) -> None:

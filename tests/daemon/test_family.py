@@ -144,7 +144,7 @@ class TestCopies:
     def test_the_memory_of_one_that_has_ended_stays_as_far_as_it_is_needed(self, world: World) -> None:
         world.fork("r", "s")
         world.fork("r", "t")
-        fd = world.r.backing.fd
+        fd = os.dup(world.r.backing.fd)
         for name in "st":
             world.bring(name, 0, 100)
         world.end("r")
@@ -158,6 +158,17 @@ class TestCopies:
         assert [world.seen("s", page) for page in (0, 199, 200, PAGES - 1)] == [1, 200, 201, PAGES]
         world.bring("s", 0, PAGES)
         assert resident(fd) == 0
+        os.close(fd)
+
+    def test_it_is_closed_when_the_last_page_is_brought(self, world: World) -> None:
+        world.fork("r", "s")
+        world.fork("r", "t")
+        world.end("r")
+        world.bring("s", 0, PAGES)
+        world.bring("t", 0, PAGES - 1)
+        assert world.family.backings.keys() == {0, 1, 2}
+        world.bring("t", PAGES - 1)
+        assert world.family.backings.keys() == {1, 2}
 
     def test_the_middle_of_a_chain_ends(self, world: World) -> None:
         world.fork("r", "s")

@@ -284,6 +284,14 @@ class TestAlone:
         origin.do(f"r.fork(name + '-u'); mark(r, 4000, {SOME})")
         assert on("-u").ask(f"marks(r, {SOME})") == seen
 
+    def test_so_is_one_that_has_outlived_its_origin_and_was_touched_throughout(
+        self, origin: Client, eventually: Callable[[Callable[[], bool]], None]
+    ) -> None:
+        origin.do("r.fork(name + '-s'); mshare.mshare_unlink(name); r = on(name + '-s')")
+        origin.do(f"seen = sum(r.buf[:{SIZE}])" + UNSEEN)
+        eventually(lambda: origin.ask("unseen()"))
+        assert origin.ask(f"marks(r, {SOME[:4]})") == [1000] * 4
+
     def test_what_was_armed_otherwise_stays_so(
         self, origin: Client, eventually: Callable[[Callable[[], bool]], None]
     ) -> None:
