@@ -20,6 +20,7 @@ from benchmarks import memory
 from benchmarks.work.attaching import Attaching
 from benchmarks.work.calls import Calls
 from benchmarks.work.crowd import Crowd
+from benchmarks.work.file_mappings import FileMappings
 from benchmarks.work.held import Held
 from benchmarks.work.paging import Paging
 from benchmarks.work.snapshots import Snapshots
@@ -31,7 +32,8 @@ class Worker:
     def __init__(self) -> None:
         self._held = Held()
         self._crowd = Crowd(self._held, self.answer)
-        parts = (self._held, self._crowd, Attaching(), Calls(self._held), Paging(self._held), Snapshots(self._held))
+        on_held = (Calls(self._held), Paging(self._held), Snapshots(self._held))
+        parts = (self._held, self._crowd, Attaching(), FileMappings(), *on_held)
         self._requests: dict[str, Callable[..., Any]] = {
             request: getattr(part, request) for part in parts for request in part.REQUESTS
         }

@@ -18,6 +18,7 @@ TINY = {
     "touch": "touch.Plan(2 * MIB, 1)",
     "attach": "attach.Plan(1, 5, 1, 4)",
     "growth": "growth.Plan(64 * MIB, (1, 3, 1000000), 0)",
+    "files_shared": "files_shared.Plan(GIB // 16, 3)",
     "scaling": "scaling.Plan((1,), (1, 3), 2, GIB)",
     "changes": "changes.Plan((1, 3), (2 * MIB, 4 * MIB), 1)",
     "faults": "faults.Plan(16, (1, 2), 2 * MIB, 1)",
@@ -30,7 +31,7 @@ from pathlib import Path
 import attrs
 from benchmarks import groups, suite
 from benchmarks.daemon import stop_cleanly_on_signals
-from benchmarks.groups import ALL, attach, changes, control, faults, growth, scaling, snapshots, touch
+from benchmarks.groups import ALL, attach, changes, control, faults, files_shared, growth, scaling, snapshots, touch
 from benchmarks.machine import GIB, MIB
 
 if __name__ == "__main__":
