@@ -48,6 +48,7 @@ class Bystander:
 
     def __init__(self, c: Client, region: str) -> None:
         self._client = c
+        self.region = region
         c.do(f"b = mshare.mshare({region!r}, 0x7000_0000_0000, 4 * MIB, CREATE)")
         self.check()
 

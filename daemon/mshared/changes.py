@@ -16,6 +16,7 @@ import trio
 
 from mshared import apply
 from mshared.comparing import write_changed
+from mshared.files import filesystem, let_go
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
 from mshared.writeback import flush, sync_files
@@ -71,7 +72,7 @@ class Changes:
                     await live.region.family.make_way(live.region.model.mm, ar)
         except BaseException:
             if opened is not None:
-                os.close(opened.fd)
+                let_go(opened.fd, opened.magic)
             raise
         try:
             placed = self._mmap(live, request, flags, opened or refpage)
@@ -86,7 +87,7 @@ class Changes:
     ) -> protocol.Placed:
         source: Source | None = None
         if isinstance(shows, Opened):
-            number = live.region.add_file(shows.fd)
+            number = live.region.add_file(shows.fd, shows.magic)
             source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), shows.writable)
         else:
             source = shows
@@ -276,10 +277,11 @@ def checked_prot(number: int) -> Prot:
 
 @attrs.frozen
 class Opened:
-    """A file that is to be mapped: the daemon's own descriptor of it."""
+    """A file that is to be mapped: the daemon's own descriptor of it, and the magic number of its filesystem."""
 
     fd: int
     writable: bool
+    magic: int
 
 
 async def open_file(file: int) -> Opened:
@@ -295,7 +297,13 @@ def _open_again(file: int) -> Opened:
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     if flags & os.O_PATH:
         raise BadDescriptorError("a descriptor opened with O_PATH cannot be mapped")
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    try:
+        regular, magic = stat.S_ISREG(os.fstat(file).st_mode), filesystem(file)[0]
+    except OSError as error:
+        raise AccessDeniedError(
+            f"mshared may not look at the file ({error.strerror}); mount its filesystem with allow_other"
+        ) from error
+    if not regular:
         raise NoDeviceError("only regular files can be mapped into a region")
     if flags & os.O_ACCMODE == os.O_WRONLY:
         raise AccessDeniedError("the file was opened for writing only; open it O_RDWR or O_RDONLY")
@@ -306,7 +314,7 @@ def _open_again(file: int) -> Opened:
         if flags & os.O_APPEND:
             raise AccessDeniedError("the file was opened with O_APPEND; open it without") from None
         fd = os.dup(file)
-    return Opened(fd, access == os.O_RDWR)
+    return Opened(fd, access == os.O_RDWR, magic)
 
 
 def _checked_flags(number: int, file: int | None) -> MapFlag:

@@ -140,11 +140,11 @@ def _batches(offsets: Sequence[int]) -> Iterator[Sequence[int]]:
 def _file(region: LiveRegion) -> Iterator[tuple[int, int]]:
     """A duplicate of the descriptor of the file that a region shows, and what of the file lies at its start."""
     (number,), (vma,) = region.files, region.model.mm.vmas
-    fd = os.dup(region.files[number].fd)
+    copy = region.files[number].copy_of(region.files[number].fd)
     try:
-        yield fd, vma.file.offset if vma.file is not None else 0
+        yield copy.fd, vma.file.offset if vma.file is not None else 0
     finally:
-        os.close(fd)
+        copy.close()
 
 
 def _remember(memory: int, offsets: Sequence[int], digests: Digests) -> None:

@@ -9,11 +9,11 @@ before the creator says that all has been moved.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 from mshared import apply
 from mshared.changes import Opened, checked_prot, open_file
+from mshared.files import let_go
 from mshared.live import LiveRegion, Staged
 from msharefs.addr import PAGE_SIZE, Address
 from msharefs.effects import Change, Punch
@@ -50,13 +50,13 @@ async def open_files(fds: Sequence[int]) -> list[Opened]:
 def close_files(files: Sequence[Opened]) -> None:
     """Close what nobody has taken."""
     for file in files:
-        os.close(file.fd)
+        let_go(file.fd, file.magic)
 
 
 def map_donated(live: LiveRegion, donated: Sequence[DonatedRange], files: list[Opened]) -> None:
     """Have the mappings of the donor in a new region, which takes all of ``files``. Raises MshareError."""
     taken, files[:] = list(files), []
-    numbers = [live.add_file(file.fd) for file in taken]
+    numbers = [live.add_file(file.fd, file.magic) for file in taken]
     for part in donated:
         source = None if part.file is None else _source(part.file, numbers, taken)
         _map_one(live.model, part, source)

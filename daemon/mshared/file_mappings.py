@@ -20,7 +20,7 @@ from mshared import comparing, libc
 from mshared.answers import Caller, Pending
 from mshared.backing import Backing, BackingStore
 from mshared.changes import Opened, checked_prot, open_file
-from mshared.files import TMPFS_MAGIC, filesystem
+from mshared.files import TMPFS_MAGIC, filesystem, let_go
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from msharefs import protocol
@@ -53,10 +53,11 @@ _OTHERS_READ: Final = 0o044
 class File:
     """A client's file as the kernel describes it. ``memory``: how the file lies in memory, None for one of a disk.
 
-    Owns ``fd``. ``why_not`` says why nobody can share it.
+    Owns ``fd``; ``magic`` is its filesystem's. ``why_not`` says why nobody can share it.
     """
 
     fd: int
+    magic: int
     writable: bool
     key: FileKey
     gid: int
@@ -97,7 +98,7 @@ class FileMappings:
         opened = await open_file(fd)
         file = await _examined(opened)
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, file.fd)
+            stack.callback(let_go, file.fd, opened.magic)
             if wanted.prot & Prot.WRITE and not file.writable:
                 raise AccessDeniedError("the file was not opened for writing, or is sealed; open it O_RDWR")
             if file.why_not is not None:
@@ -207,7 +208,7 @@ class FileMappings:
             live.digests = comparing.Digests()
             live.backing.reserve(AddrRange.sized(0, os.fstat(live.backing.fd).st_size))
         if file.memory is None:
-            number = live.add_file(os.dup(file.fd))
+            number = live.add_file(os.dup(file.fd), file.magic)
             source = FileSource(number, offset, shared=True, writable=True, compared=compared)
         live.model.mm.mmap(ar, ar.size, PROT_RW, fixed=True, source=source)
 
@@ -228,7 +229,7 @@ async def _examined(opened: Opened) -> File:
     try:
         return await trio.to_thread.run_sync(_examine, opened, abandon_on_cancel=True, limiter=own)
     except OSError as error:
-        os.close(opened.fd)
+        let_go(opened.fd, opened.magic)
         raise InvalidArgumentError(f"the file cannot be looked at: {error.strerror}") from error
 
 
@@ -246,7 +247,7 @@ def _examine(opened: Opened) -> File:
     else:
         why_not = _why_unmappable(opened.fd)
     writable = opened.writable and not (memory and _is_sealed(opened.fd))
-    return File(opened.fd, writable, key, about.st_gid, about.st_mode, about.st_size, memory, why_not)
+    return File(opened.fd, magic, writable, key, about.st_gid, about.st_mode, about.st_size, memory, why_not)
 
 
 def _is_sealed(fd: int) -> bool:

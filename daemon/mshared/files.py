@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import math
 import mmap
 import os
 import struct
 import time
+from functools import partial
 from typing import Final
+
+import trio
 
 from mshared import libc
 
 TMPFS_MAGIC: Final = 0x01021994
+_LOCAL: Final = {TMPFS_MAGIC, 0x958458F6, 0xEF53, 0x58465342, 0x9123683E, 0x794C7630, 0x9FA0, 0x62656572}
+"""Filesystems that the kernel answers for alone: tmpfs, hugetlbfs, ext4, xfs, btrfs, overlayfs, proc, sysfs."""
 _SYSINFO: Final = struct.Struct("=8x24x32xQQ32x")
 """struct sysinfo of x86-64: of all its fields totalswap and freeswap are read."""
 
@@ -33,29 +37,48 @@ class Buffer:
 
 
 class MappedFile:
-    """One opened file. Owns the descriptor."""
+    """One opened file. Owns the descriptor. ``magic`` is its filesystem's; None: it is asked, which may take long."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, magic: int | None = None) -> None:
         self.fd = fd
-        self._in_memory = filesystem(fd)[0] == TMPFS_MAGIC
+        self.magic = filesystem(fd)[0] if magic is None else magic
 
     def read_now(self, buffer: Buffer, length: int, offset: int) -> bool:
         """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
         flags = os.RWF_NOWAIT
-        if self._in_memory:  # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
+        if (
+            self.magic == TMPFS_MAGIC
+        ):  # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
             if _swap.in_use(time.monotonic()):
                 return False
             flags = 0
         try:
             return os.preadv(self.fd, [buffer.view[:length]], offset, flags) == length
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EIO):
-                raise
-            return False
+        except OSError:
+            return False  # Reading off the loop tells what is wrong, if anything is.
 
     def close(self) -> None:
         """Close it."""
-        os.close(self.fd)
+        let_go(self.fd, self.magic)
+
+    def copy_of(self, fd: int) -> MappedFile:
+        """Another descriptor of the same file, duplicated."""
+        return MappedFile(os.dup(fd), self.magic)
+
+
+def let_go(fd: int, magic: int) -> None:
+    """Close a descriptor of somebody else's file; in a thread, where the file's server may be theirs, or far away.
+
+    Closing asks it (FUSE_FLUSH, say), it need not answer, and its death is an error of close(2).
+    """
+    if magic in _LOCAL:
+        os.close(fd)
+    else:
+        trio.lowlevel.start_thread_soon(partial(os.close, fd), _ignored)
+
+
+def _ignored(_outcome: object) -> None:
+    """A close that has failed has closed."""
 
 
 def read(fd: int, length: int, offset: int) -> tuple[bytes, int, bytes]:

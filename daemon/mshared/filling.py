@@ -163,7 +163,8 @@ class Filling:
 
 async def _read(region: LiveRegion, piece: AddrRange, source: FileSource) -> tuple[bytes, int, bytes]:
     """What a file has for a piece, its size, and what its pages are remembered by, if they are."""
-    fd = os.dup(region.files[source.file].fd)
+    file = region.files[source.file]
+    fd = os.dup(file.fd)
     digests = region.digests
     read = files.read if digests is None or not digests.wanted else comparing.read
     try:
@@ -174,7 +175,7 @@ async def _read(region: LiveRegion, piece: AddrRange, source: FileSource) -> tup
         log.warning("region %s: reading a mapped file: %s", region.model.title, error.strerror)
         return b"", 0, b""
     finally:
-        os.close(fd)
+        files.let_go(fd, file.magic)
 
 
 class _Gone(Exception):

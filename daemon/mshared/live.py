@@ -214,7 +214,7 @@ class LiveRegion:
             return
         for number, file in list(self.files.items()):
             if not is_writable(file.fd):
-                self.files[number] = MappedFile(os.dup(fd))
+                self.files[number] = file.copy_of(fd)
                 file.close()
 
     def filler(self) -> Filler:
@@ -275,16 +275,16 @@ class LiveRegion:
             return
         self.put_new(source.read(piece.size, piece.start), piece.start)
 
-    def add_file(self, fd: int) -> FileId:
-        """Keep an opened file that is to be mapped."""
+    def add_file(self, fd: int, magic: int | None = None) -> FileId:
+        """Keep an opened file that is to be mapped; for ``magic`` see ``MappedFile``."""
         number = FileId(next(self._file_ids))
-        self.files[number] = MappedFile(fd)
+        self.files[number] = MappedFile(fd, magic)
         return number
 
     def inherit_files(self, origin: LiveRegion) -> None:
         """Have descriptors of one's own of the files that are mapped into another region, by the same numbers."""
         for number, file in origin.files.items():
-            self.files[number] = MappedFile(os.dup(file.fd))
+            self.files[number] = file.copy_of(file.fd)
         self._file_ids = itertools.count(max(self.files, default=0) + 1)
 
     def drop_unused_files(self) -> None:

@@ -145,7 +145,8 @@ async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
     source, moves = vma.file_at(page.start), region.moves
     if source is None:
         return False
-    fd = os.dup(region.files[source.file].fd)
+    file = region.files[source.file]
+    fd = os.dup(file.fd)
     try:
         read = files.read if region.digests is None else comparing.read
         data, size, marks = await trio.to_thread.run_sync(
@@ -155,7 +156,7 @@ async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
         log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
         return False
     finally:
-        os.close(fd)
+        files.let_go(fd, file.magic)
     if region.closed or region.moves != moves or source.offset >= size:
         return False
     region.put_new(data.ljust(page.size, b"\0"), region.model.offset_of(page))

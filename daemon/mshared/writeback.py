@@ -163,7 +163,8 @@ def _write_one(region: LiveRegion) -> None:
         write_within(piece.fd, piece.data, piece.offset)
     except OSError as error:
         _log_lost(region, str(error.strerror))
-    os.close(piece.fd)
+    with contextlib.suppress(OSError):  # Which it may, where a FUSE server is gone: it is closed all the same.
+        os.close(piece.fd)
     del region.unwritten[0]
 
 
@@ -181,9 +182,10 @@ def _copy(memory: int, file: int, ar: AddrRange, offset: int) -> None:
 def _duplicates(region: LiveRegion, files: Iterable[FileId]) -> Iterator[tuple[int, dict[FileId, int]]]:
     """Descriptors of the memory and of files that outlive the region, should it go."""
     memory = os.dup(region.backing.fd)
-    copies = {file: os.dup(region.files[file].fd) for file in files}
+    copies = {file: region.files[file].copy_of(region.files[file].fd) for file in files}
     try:
-        yield memory, copies
+        yield memory, {file: copy.fd for file, copy in copies.items()}
     finally:
-        for fd in (memory, *copies.values()):
-            os.close(fd)
+        os.close(memory)
+        for copy in copies.values():
+            copy.close()

@@ -16,6 +16,7 @@ from mshared import apply, backing, donations, service, views
 from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore, MemfdStore
 from mshared.changes import Opened
+from mshared.files import TMPFS_MAGIC
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion, Staged
 from mshared.pager import Pager
@@ -219,7 +220,7 @@ class TestDonatedFiles:
     @pytest.fixture
     def opened(self) -> list[Opened]:
         """Two files, the second for reading only."""
-        return [Opened(os.memfd_create("it"), writable) for writable in (True, False)]
+        return [Opened(os.memfd_create("it"), writable, TMPFS_MAGIC) for writable in (True, False)]
 
     @staticmethod
     def part(page: int, prot: int = 3, descriptor: int = 0, *, offset: int = 0, shared: bool = True) -> Any:

@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from mshared import writeback
+from mshared.files import MappedFile
 from mshared.writeback import Settling, sync_files
 from msharefs.errors import NoSpaceError
 
@@ -107,7 +108,7 @@ class Disk:
     def __init__(self) -> None:
         self.ends = os.pipe()
         self.backing = type("Backing", (), {"fd": self.ends[0]})
-        self.files = {1: type("File", (), {"fd": self.ends[1]})}
+        self.files = {1: MappedFile(self.ends[1])}
         self.reading: Any = type("Reading", (), {"limiter": trio.CapacityLimiter(1)})
 
 

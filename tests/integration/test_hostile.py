@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Client, Daemon
 from hostile import EVIL, GOOD, Bystander, bystander, speaking
 
 MIB = 1 << 20
+TESTS = Path(__file__).parents[1]
 SIGBUS, SIGSEGV = 7, 11
 
 
@@ -30,7 +33,8 @@ def c(daemon: Daemon, by: Bystander, client: Callable[..., Client], name: str) -
     yield found
     found.kill_all()
     if (daemon.mount / name).exists():
-        client(daemon).do(f"mshare.remove({name!r})")
+        with contextlib.closing(Client(daemon.mount)) as root:
+            root.do(f"mshare.remove({name!r})")
 
 
 class TestMemory:
