@@ -263,8 +263,8 @@ def _check_replaceable(region: LiveRegion, ar: AddrRange) -> None:
     backing, inside = region.backing, ar.moved(-region.model.ar.start)
     if backing.kind is BackingKind.HUGETLB and backing.mount is None and region.held(inside):
         raise NotSupportedError(
-            "a daemon that is not root's cannot put a file in the place of huge pages that are in use: others might"
-            " take what it needs for that; munmap them first"
+            "in a fork, and with a daemon that is not root's, huge pages in use cannot make way for a file's: others"
+            " might take those; munmap them first"
         )
 
 
