@@ -95,10 +95,16 @@ def sharing(region: Region) -> str:
     """Whether the kernel shares page tables of a region between processes, and if not, why."""
     if region.unshared is not None:
         return f"page tables are per process since {region.unshared.since}: {region.unshared.why}"
-    if not region.tables_shared:
+    if region.backing is not BackingKind.HUGETLB:
         return f"page tables are per process: the kernel does not share those of {region.backing} memory"
-    readers = sum(attachment.readonly for attachment in region.attachments.values())
-    return "page tables are shared by the kernel" + (f", but not with {readers} read-only windows" if readers else "")
+    if not region.tables_shared:
+        return "page tables are per process since stores had to be seen for a while; new windows share"
+    readers = sum(each.readonly for each in region.attachments.values())
+    others = sum(each.own_tables for each in region.attachments.values())
+    exceptions = [f"{readers} read-only windows"] if readers else []
+    if others:
+        exceptions.append(f"all of {others} windows that stood when stores had to be seen for a while")
+    return "page tables are shared by the kernel" + (f", but not with {' or '.join(exceptions)}" if exceptions else "")
 
 
 def _hugeness(region: Region, facts: KernelFacts) -> tuple[str, ...]:

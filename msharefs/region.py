@@ -55,7 +55,8 @@ class Unshared:
 class Attachment:
     """One window of one process (compare the guest VMA of the series): one reference to the region.
 
-    ``pid`` is None for a forked child that has not been told apart from its brothers yet.
+    ``pid`` is None for a forked child that has not been told apart from its brothers yet. ``own_tables``: it stood
+    while stores had to be seen; where its page tables became its own then, they stay so.
     """
 
     id: AttachmentId
@@ -63,13 +64,14 @@ class Attachment:
     window: AddrRange
     readonly: bool
     forked_from: AttachmentId | None = None
+    own_tables: bool = False
 
 
 @attrs.define
 class Region:
     """What one name stands for. Changed by its ``Namespace`` only, between two awaits of the daemon.
 
-    ``unshared`` is set once page tables that the kernel could share are shared no more. ``origin`` is the
+    ``unshared`` is set while page tables that the kernel could share cannot be. ``origin`` is the
     name, at that time, of the region that this is a fork of, ``breaks`` how often a touch of a page that relatives have
     in common was served, ``latency`` how long faults took from when the daemon read of them to the answer.
     ``used`` is how many bytes its users are to see. One that is ``transient`` loses its name once nobody is attached
@@ -107,7 +109,9 @@ class Region:
     @property
     def tables_shared(self) -> bool:
         """Whether the kernel shares page tables between its read-write attachments (compare huge_pmd_share)."""
-        return self.backing is BackingKind.HUGETLB and self.unshared is None
+        writers = [each for each in self.attachments.values() if not each.readonly]
+        possible = self.backing is BackingKind.HUGETLB and self.unshared is None
+        return possible and not (writers and all(each.own_tables for each in writers))
 
     @property
     def pids(self) -> set[int]:

@@ -54,6 +54,7 @@ def arm_new(attachment: LiveAttachment) -> None:
         _protect(attachment, run)
     for effect in region.arming_now:
         _arm(attachment, effect.ar, effect.arming)
+    attachment.model.own_tables |= region.model.unshared is not None and not attachment.model.readonly
 
 
 def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callable[[], None]) -> None:
@@ -82,6 +83,7 @@ def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callab
     finally:
         region.changing = changing_already
         region.arming_now.clear()
+        region.note_sharing()
 
 
 def _move_memory(region: LiveRegion, effect: Change) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Final
 
 import attrs
 import trio
@@ -29,6 +30,8 @@ from msharefs.region import Attachment, BackingKind, Region, Unshared
 from msharefs.vma import Arming, FileId, Vma
 
 log = logging.getLogger(__name__)
+
+_STORES_SEEN: Final = Arming.WP | Arming.WP_CLEAN
 
 
 @attrs.frozen
@@ -294,9 +297,18 @@ class LiveRegion:
 
     def note_arming(self, effect: Arm) -> None:
         """Tables of memory that is write-protected in one process are its own from then on (hugetlb_unshare_pmds)."""
-        if effect.arming & (Arming.WP | Arming.WP_CLEAN) and self.model.tables_shared:
+        if not effect.arming & _STORES_SEEN or self.backing.kind is not BackingKind.HUGETLB:
+            return
+        if self.model.unshared is None:
             why = f"stores to {effect.ar} have to be seen (read-only memory, a shared file, or a reference page)"
             self.model.unshared = Unshared(datetime.now(UTC).isoformat(timespec="seconds"), why)
+        for attachment in self.model.attachments.values():
+            attachment.own_tables |= not attachment.readonly
+
+    def note_sharing(self) -> None:
+        """Windows that come when no store has to be seen any more share tables again."""
+        if self.model.unshared is not None and not any(arming & _STORES_SEEN for _, arming in self.model.mm.armings()):
+            self.model.unshared = None
 
     def held(self, ar: AddrRange) -> list[AddrRange]:
         """Where the backing holds data in a range of offsets, in order."""

@@ -372,6 +372,19 @@ class TestSharing:
         assert not stat.tables_shared
         assert stat.notes[-1] == "page tables are per process since 2026-01-01T00:00:00+00:00: stores have to be seen"
 
+    def test_windows_that_stood_meanwhile_keep_their_own(self) -> None:
+        shown = region(backing=BackingKind.HUGETLB)
+        attach(shown, 100, 200)
+        for window in shown.attachments.values():
+            window.own_tables = True
+        assert not shown.tables_shared
+        assert dump.sharing(shown).endswith("since stores had to be seen for a while; new windows share")
+        shown.attachments[AttachmentId(9)] = Attachment(AttachmentId(9), 300, shown.ar, readonly=False)
+        assert shown.tables_shared
+        assert dump.sharing(shown).endswith(
+            "but not with all of 2 windows that stood when stores had to be seen for a while"
+        )
+
     def test_read_only_windows_have_tables_of_their_own(self) -> None:
         shown = region(backing=BackingKind.HUGETLB)
         attach(shown, 100)

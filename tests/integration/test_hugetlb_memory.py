@@ -89,7 +89,22 @@ class TestSharedTables:
         assert later.ask("r.stat().tables_shared") is False
         full.do("r.mprotect(H, H, 3); r.buf[H] = 2")
         assert later.ask("r.buf[H]") == 2
-        assert told(hugetlb, full)[1] == note
+
+    @pytest.mark.usefixtures("other")
+    def test_and_again_with_who_comes_when_they_need_not_be_any_more(
+        self, full: Client, attached: Start, hugetlb: Daemon
+    ) -> None:
+        """They share among each other; who was there keeps what it has, and it is told of how many that holds."""
+        full.do("r.mprotect(H, H, PROT_READ); r.mprotect(H, H, 3)")
+        shared, note, _ = told(hugetlb, full)
+        assert (shared, "since stores had to be seen for a while; new windows share" in note) == (False, True)
+        faults(attached(address=None))
+        assert faults(attached(address=ELSEWHERE + 5 * GIB)) < FEW
+        assert told(hugetlb, full)[:2] == (
+            True,
+            "page tables are shared by the kernel, but not with all of 2 windows that stood when stores had to be seen"
+            " for a while",
+        )
 
     def test_but_not_with_readers(self, full: Client, other: Client, attached: Start, hugetlb: Daemon) -> None:
         reader = attached("RO", None)
