@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -14,7 +14,7 @@ from mshared import observed
 from mshared.observed import MOST_EVENTS, MOST_REFUSALS, TRACE_PATIENCE_NS, Journal, Trace
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE
-from msharefs.effects import Allow, ZeroFill
+from msharefs.effects import Allow, Answer, ZeroFill
 from msharefs.perms import Access, Credentials, Ownership, Prot
 from msharefs.reports import Refusal
 
@@ -121,6 +121,12 @@ class TestTrace:
         assert (first.pid, first.tid, first.offset, first.access, first.how) == (PID, TID, 77, "write", "zero")
         assert (second.access, second.how, lost) == ("read", "allow", 0)
         assert first.duration_ns >= 0
+
+    @pytest.mark.parametrize("how", get_args(Answer))
+    def test_every_way_to_answer_has_a_word(self, world: World, how: type[Any]) -> None:
+        trace = world.region.trace = Trace()
+        serve(world, how=how)
+        assert trace.after(0)[0][0].how.isalpha()
 
     def test_who_is_slow_is_told_how_many_are_lost(self, world: World) -> None:
         trace = world.region.trace = Trace()

@@ -106,9 +106,9 @@ def trace(
     """Show the faults of region NAME that the daemon serves, as they come, until Ctrl-C or until the region is gone.
 
     A line has the time since the start in seconds, the process and its thread, read or write, the offset in the region,
-    how it was answered, and how long that took. How: zero (a fresh page), file, copy (of a page that forks share),
-    allow (a store may go on), refuse (see `mshare faults`). Memory that the kernel serves alone shows nothing, unless
-    the daemon runs with --paging=all.
+    how it was answered, and how long that took. How: zero (a fresh page), file, pattern (of a reference page), copy (of
+    a page that forks share), allow (a store may go on), refuse (see `mshare faults`). Memory that the kernel serves
+    alone shows nothing, unless the daemon runs with --paging=all.
 
     With --out, a file for chrome://tracing or https://ui.perfetto.dev, and no lines. Needs write permission on the
     region, or read permission on your own. Nothing is recorded while nobody traces; who is too slow loses faults, and
