@@ -155,6 +155,10 @@ class Client:
             raise ClientError(answer["error"], answer["errno"], answer["text"])
         return answer["value"]
 
+    def is_silent(self) -> bool:
+        """Whether it has not answered yet."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
     def dies_of(self, statements: str) -> tuple[int, str]:
         """Run statements that end the process; its exit status and what it wrote to stderr."""
         self.send(do=textwrap.dedent(statements))
