@@ -109,6 +109,8 @@ def present(fd: int, ar: AddrRange, device: int | None) -> list[AddrRange]:
     Only the page cache knows, and only UFFDIO_CONTINUE asks it without making pages; of a file that cannot be written
     by the descriptor, nobody can ask.
     """
+    if not os.fstat(fd).st_blocks:
+        return []
     start = libc.map_shared(fd, ar.size, ar.start, reserve=False)
     try:
         asking = uffd.new(device)

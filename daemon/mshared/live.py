@@ -21,7 +21,7 @@ from mshared.files import MappedFile, is_writable
 from mshared.filler import Filler
 from mshared.observed import Journal, Trace
 from mshared.uffd import Uffd
-from msharefs.addr import PMD_SIZE, Address, AddrRange
+from msharefs.addr import PMD_SIZE, Address, AddrRange, united
 from msharefs.armings import cut
 from msharefs.effects import Arm
 from msharefs.perms import PROT_RW
@@ -314,6 +314,16 @@ class LiveRegion:
         """Where the backing holds data in a range of offsets, in order."""
         return self.backing.held(ar, self.uffd_device)
 
+    def mapped(self) -> list[AddrRange]:
+        """Where the backing may hold what is of interest, as offsets: of huge pages it takes its time to tell."""
+        start, whole = self.model.ar.start, AddrRange.sized(0, self.model.ar.size)
+        huge = self.backing.kind is BackingKind.HUGETLB
+        return united(vma.ar.moved(-start) for vma in self.model.mm.vmas) if huge else [whole]
+
+    def held_where_mapped(self, fd: int, mapped: list[AddrRange]) -> list[AddrRange]:
+        """Where it holds data there, in order; ``fd`` is a duplicate of its descriptor, for a worker thread."""
+        return [part for area in mapped for part in self.backing.held_by(fd, area, self.uffd_device)]
+
     def refresh_tables(self) -> None:
         """Bring the tables up to date with what the kernel has filled by itself.
 
@@ -322,7 +332,7 @@ class LiveRegion:
         """
         mm, size = self.model.mm, resident(self.backing.fd)
         if self._refreshed != (mm.table.changes, size):
-            present = self.held(AddrRange.sized(0, mm.ar.size))
+            present = self.held_where_mapped(self.backing.fd, self.mapped())
             mm.sync((part.moved(mm.ar.start) for part in present), huge=self.backing.kind is not BackingKind.SMALL)
             self._refreshed = mm.table.changes, size
 

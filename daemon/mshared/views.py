@@ -10,7 +10,6 @@ from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from mshared.observed import Trace
 from msharefs import dump, heat, protocol
-from msharefs.addr import AddrRange
 from msharefs.namespace import Namespace
 from msharefs.region import BackingKind
 
@@ -73,6 +72,6 @@ class Views:
 
     async def refresh(self, region: LiveRegion, fd: int) -> None:
         """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
-        model, whole = region.model, AddrRange.sized(0, region.model.ar.size)
-        present = await trio.to_thread.run_sync(region.backing.held_by, fd, whole, region.uffd_device)
+        model = region.model
+        present = await trio.to_thread.run_sync(region.held_where_mapped, fd, region.mapped())
         model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)

@@ -55,6 +55,8 @@ class TestPool:
         assert pool() == before.with_region(mapped=0, touched=0, kept=1)
         c.do("r.mmap(6 * MIB, offset=512 * GIB)")
         assert pool() == before.with_region(mapped=3, touched=0)
+        c.do("r.buf[512 * GIB + 2 * MIB] = 1")
+        assert c.ask("(r.stat().resident, [(v.offset, v.resident) for v in r.maps()])") == [HUGE, [[512 * GIB, HUGE]]]
 
     def test_an_unmapping_gives_back_pages_and_promises(self, creator: Client, other: Client, before: Pool) -> None:
         other.do("r.munmap(H, 9 * H)")
