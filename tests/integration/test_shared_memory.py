@@ -15,6 +15,7 @@ from conftest import Client, Daemon
 from hugepages import Pool, pool
 
 MIB, GIB = 1 << 20, 1 << 30
+NOBODY = 65534
 PROGRAM = Path(__file__).parent.parent / "cpython_shared_memory.py"
 Condition = Callable[[Callable[[], bool]], None]
 
@@ -367,6 +368,23 @@ def test_a_block_of_the_pool_of_huge_pages(client: Callable[..., Client], hugetl
     assert user.ask("s.size") == 5 * MIB
     assert user.error_of("mshare.SharedMemory(create=True, size=100 * GIB, backing='hugetlb')").errno == errno.ENOMEM
     user.do("s.unlink(); s.close()")
+
+
+def test_a_daemon_of_an_ordinary_user_has_blocks_too(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], eventually: Condition
+) -> None:
+    """With small pages, and children that arm their windows themselves."""
+    users = start_daemon(uid=NOBODY)
+    user, watcher = client(users, uid=NOBODY), client(users, uid=NOBODY)
+    names = "[name for name in os.listdir(find_mount()) if name[0] not in '.m']"
+    user.do("s = mshare.SharedMemory('own', create=True, size=3 * MIB); t = mshare.SharedMemory('own')")
+    assert user.ask("fork('s.buf[-1] = 5; s.close(); t.buf[0] = 6; l = mshare.ShareableList([1]); l[0] = 2')") == 0
+    assert user.ask("(t.buf[-1], s.buf[0])") == [5, 6]
+    assert user.error_of("mshare.SharedMemory(create=True, size=1 << 44)").errno == errno.ENOMEM
+    user.do("t.unlink(); u = mshare.SharedMemory('other', create=True, size=1)")
+    eventually(lambda: bool(watcher.ask(names) == ["other"]))
+    user.kill()
+    eventually(lambda: bool(watcher.ask(names) == []))
 
 
 def test_a_sponsor_must_be_a_process(daemon: Daemon, user: Client) -> None:
