@@ -264,10 +264,10 @@ class Namespace:
     def _check_limits(self, size: int, who: Credentials) -> None:
         limits, mine = self.policy.limits, [r for r in self._by_id.values() if r.owner.uid == who.uid]
         _check_limit(NoSpaceError, "--max-regions", limits.max_regions, len(self._by_id) + 1)
-        _check_limit(QuotaError, "a user's regions", limits.max_regions_per_uid, len(mine) + 1)
+        _check_limit(QuotaError, "--max-regions-per-user", limits.max_regions_per_uid, len(mine) + 1)
         total = sum(r.ar.size for r in self._by_id.values())
         _check_limit(NoSpaceError, "--max-bytes", limits.max_bytes, total + size)
-        _check_limit(QuotaError, "a user's bytes", limits.max_bytes_per_uid, sum(r.ar.size for r in mine) + size)
+        _check_limit(QuotaError, "--max-bytes-per-user", limits.max_bytes_per_uid, sum(r.ar.size for r in mine) + size)
 
     def _free_range(self, size: int) -> AddrRange:
         """The next range that no region has (next fit: a pointer gone stale finds nothing new at its address)."""

@@ -75,6 +75,7 @@ def bystander(daemon: Daemon, c: Client, region: str, eventually: Callable[..., 
         eventually(lambda: _descriptors(daemon).total() <= before.total())
     except pytest.fail.Exception:
         pytest.fail(f"left open: {_descriptors(daemon) - before}")
+    c.do("mshare.mshare_unlink(b.name)")
 
 
 def _descriptors(daemon: Daemon) -> Counter[str]:

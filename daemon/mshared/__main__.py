@@ -70,6 +70,14 @@ def octal_mode(text: str | int) -> int:
 )
 @click.option("--max-bytes", type=size, metavar="SIZE", help="Sum of all region sizes at most.")
 @click.option("--max-regions", type=click.IntRange(min=1), help="Number of regions at most.")
+@click.option("--max-bytes-per-user", type=size, metavar="SIZE", help="Sum of the sizes of one user's regions at most.")
+@click.option(
+    "--max-regions-per-user",
+    type=click.IntRange(min=1),
+    default=Limits().max_regions_per_uid,
+    show_default=True,
+    help="Number of one user's regions at most.",
+)
 @click.option(
     "--mode", type=octal_mode, metavar="OCTAL", default=0o1777, help="Mode of the mount's root. [default: 1777]"
 )
@@ -92,6 +100,8 @@ def main(
     writeback: float,
     max_bytes: int | None,
     max_regions: int | None,
+    max_bytes_per_user: int | None,
+    max_regions_per_user: int,
     mode: int,
     log_level: str,
 ) -> None:
@@ -106,7 +116,7 @@ def main(
         align=align,
         paging_all=paging == "all",
         hole_signal=Signal[hole_signal],
-        limits=Limits(max_regions=max_regions, max_bytes=max_bytes),
+        limits=Limits(max_regions, max_bytes, max_regions_per_user, max_bytes_per_user),
     )
     kind = BackingKind(backing) if backing else None
     _run(mount, state_dir, policy, kind, mode, hugetlb_pool, writeback)

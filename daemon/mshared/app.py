@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ import trio
 from mshared import control, fs, hugetlb, mounts, uffd
 from mshared.backing import BackingStore, MemfdStore, MountedStore
 from mshared.changes import Changes
+from mshared.lasting import lasting
 from mshared.lifetimes import Lifetimes
 from mshared.notify import keep_watchdog, notify
 from mshared.pager import Pager
@@ -144,16 +145,8 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
         nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]
-        nursery.start_soon(pager.run)
-        nursery.start_soon(service.lifetimes.sweep_forever)
-        nursery.start_soon(service.lifetimes.forks.run)
-        nursery.start_soon(service.lifetimes.filling.run)
-        nursery.start_soon(service.lifetimes.settling.run)
-        nursery.start_soon(service.lifetimes.settling.from_time_to_time, service.lifetimes.regions, config.writeback)
-        nursery.start_soon(keep_watchdog)
-        nursery.start_soon(keep_sizes, service.lifetimes)
-        nursery.start_soon(service.snapshots.prepare)
-        nursery.start_soon(Relaxing(service.lifetimes).run)
+        for task in _background(config, service, pager):
+            nursery.start_soon(lasting, task)
         await _until_served(config.mount)
         status = f"serving {config.mount}"
         if not sys.stderr.isatty():  # else SIGHUP says that the terminal has gone.
@@ -167,6 +160,23 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         _report_attached(service)
         await service.lifetimes.settling.flush_all(service.lifetimes.regions())  # While faults are served still.
         nursery.cancel_scope.cancel()
+
+
+def _background(config: Config, service: Service, pager: Pager) -> list[Callable[[], Awaitable[None]]]:
+    """What runs for as long as the daemon does, whatever goes wrong."""
+    lifetimes = service.lifetimes
+    return [
+        pager.run,
+        lifetimes.sweep_forever,
+        lifetimes.forks.run,
+        lifetimes.filling.run,
+        lifetimes.settling.run,
+        partial(lifetimes.settling.from_time_to_time, lifetimes.regions, config.writeback),
+        keep_watchdog,
+        partial(keep_sizes, lifetimes),
+        service.snapshots.prepare,
+        Relaxing(lifetimes).run,
+    ]
 
 
 async def _fuse_until_unmounted(scope: trio.CancelScope) -> None:

@@ -38,6 +38,8 @@ _SO_PEERGROUPS: Final = 59
 _MOST_GROUPS: Final = 256
 """What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
 _UCRED: Final = struct.Struct("=iII")
+_SHORT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+_CURE: Final = "free some memory, end regions or processes, or raise its limit of open files (LimitNOFILE, ulimit -n)"
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * protocol.MAX_DONATED_FILES)
 """Room for more descriptors than any message has, so that a few too many are told by number."""
 
@@ -78,6 +80,8 @@ class ControlServer:
             try:
                 if not self._shares.are_too_many(uid):
                     await self._converse(sock, caller)
+            except Exception:
+                log.exception("pid %d: connection failed", caller.pid)
             finally:
                 self._shares.connections[uid] -= 1
 
@@ -167,7 +171,10 @@ class _Connection:
             return await answer(message, fds)
         except MshareError as error:
             return Answer(protocol.Failed(error.errno, str(error)))
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _SHORT:
+                log.warning("pid %d: request failed: %s", self.caller.pid, error)
+                return Answer(protocol.Failed(error.errno, f"mshared is short of something: {error.strerror}; {_CURE}"))
             log.exception("pid %d: request failed", self.caller.pid)
             return Answer(protocol.Failed(errno.EIO, "internal error of mshared; its log has the details"))
 

@@ -6,7 +6,6 @@ by then. What is in memory already is never written over.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -110,8 +109,13 @@ class Filling:
 
     async def _serve(self, region: LiveRegion, piece: AddrRange) -> None:
         beyond = 0
-        with contextlib.suppress(_Gone):
+        try:
             beyond = await self._fill(region, piece)
+        except _Gone:
+            pass
+        except OSError as error:
+            _log_short(region, error)
+            beyond = piece.start
         region.reading.under_way.remove(piece)
         for fault in self._waiting.pop((region.model.id, piece.start), []):
             self._go_on(fault, beyond)

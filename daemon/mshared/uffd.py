@@ -8,8 +8,10 @@ import enum
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -21,6 +23,9 @@ from msharefs.errors import InternalError
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
+
+_SELDOM: Final = 10.0
+"""Seconds between two warnings of the same."""
 
 _MOST_TRIES: Final = 10_000
 _MESSAGES: Final = 14
@@ -254,6 +259,22 @@ class Uffd:
             return os.read(self.fd, most * abi.MESSAGE_SIZE)
         except BlockingIOError:
             return b""
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            _tell_of_waiting_fork()
+            return b""
+
+
+_told = -math.inf
+
+
+def _tell_of_waiting_fork() -> None:
+    """Warn, but not often: it is tried again at once."""
+    global _told
+    if time.monotonic() > _told + _SELDOM:
+        _told = time.monotonic()
+        log.warning("a client waits in fork(), for which no descriptor is left; raise LimitNOFILE, ulimit -n")
 
 
 def address_of(data: bytes) -> int:

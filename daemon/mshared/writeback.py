@@ -22,6 +22,7 @@ import trio
 from mshared import apply
 from mshared.comparing import write_changed, write_changed_now
 from mshared.files import write_within
+from mshared.lasting import lasting
 from mshared.live import LiveRegion
 from msharefs.addr import AddrRange
 from msharefs.effects import Protect, WriteBack
@@ -123,8 +124,11 @@ class Settling:
                 self._done(region, region.written)
 
     async def _settle(self, region: LiveRegion, written: trio.Event) -> None:
-        async with region.lock:
-            await self._flush(region)
+        async def once() -> None:
+            async with region.lock:
+                await self._flush(region)
+
+        await lasting(once)
         self._done(region, written)
 
     def _done(self, region: LiveRegion, written: trio.Event) -> None:
