@@ -264,6 +264,37 @@ class TestFamilies:
         assert origin.ask(f"marks(r, {SOME})") == [99] * len(SOME)
 
 
+class TestForkingAgain:
+    """The second fork protects only what may have been stored to since the first: the rest must be protected still."""
+
+    @pytest.mark.parametrize("advice", ["DONTNEED", "COLLAPSE", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE"])
+    def test_whatever_a_process_did_to_its_window_meanwhile(self, origin: Client, advice: str) -> None:
+        number = {"DONTNEED": 4, "COLLAPSE": 25, "PAGEOUT": 21, "POPULATE_READ": 22, "POPULATE_WRITE": 23}[advice]
+        origin.do(f"""
+            r.fork(name + '-s'); mark(r, 2000, [1, 600])
+            advise = lambda: ctypes.CDLL(None).madvise(ctypes.c_void_p(r.address), ctypes.c_size_t(r.size), {number})
+            advise(); r.fork(name + '-t'); advise()
+            mark(r, 3000, range(2048))
+            s, t = on(name + '-s'), on(name + '-t')
+            """)
+        assert origin.ask("marks(s, [0, 1, 7, 600])") == [1000, 1000, 1000, -600]
+        assert origin.ask("marks(t, [0, 1, 7, 600])") == [1000, 2000, 1000, 2000]
+        assert origin.ask("set(marks(r, range(2048))) == {3000}")
+
+    def test_pages_that_went_and_came_again(self, origin: Client) -> None:
+        """By a change of mapping, which takes the marks of protection along."""
+        origin.do("""
+            r.fork(name + '-s'); r.madvise(0, MIB, MADV_REMOVE); r.mmap(MIB, offset=MIB, flags=MAP_SHARED | 0x30)
+            r.munmap(2 * MIB, MIB); r.mmap(MIB, offset=2 * MIB)
+            mark(r, 2000, [0, 300, 600]); r.fork(name + '-t')
+            mark(r, 3000, [0, 1, 300, 301, 600, 601])
+            s, t = on(name + '-s'), on(name + '-t')
+            """)
+        assert origin.ask("marks(s, [0, 1, 7, 511, 512, 513])") == [1000] * 6
+        assert origin.ask("marks(t, [0, 300, 600])") == [2000] * 3
+        assert origin.ask("[t.buf[page * PAGE] for page in (1, 301, 601)]") == [0] * 3
+
+
 class TestAlone:
     """A region whose forks have ended is native again."""
 
