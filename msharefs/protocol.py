@@ -85,6 +85,7 @@ ANCHOR_PAGES: Final = 1024
 """Pages of address space, not of memory, that a client sets aside beside each window."""
 _ROOM_FOR_THE_REST: Final = 256  # Bytes of a packet beside the items of a list.
 HEADER: Final = struct.Struct("<4sHH")
+_OFTEN: Final = 64  # Bytes of packets that are decoded once when they come again.
 _SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
 _OPS: Final[dict[str, type[Any]]] = {
@@ -169,10 +170,13 @@ def _make_converter() -> cattrs.Converter:
 _converter: Final = _make_converter()
 
 
+_to_json: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def encode(message: Message, descriptors: int = 0) -> bytes:
     """The packet for ``message``, to be sent with that many descriptors."""
     body = {"op": _NAMES[type(message)], **_converter.unstructure(message)}
-    return HEADER.pack(MAGIC, VERSION, descriptors) + json.dumps(body, separators=(",", ":")).encode()
+    return HEADER.pack(MAGIC, VERSION, descriptors) + _to_json(body).encode()
 
 
 def fitting(items: Sequence[RegionName | Vma | Refusal | TraceEvent]) -> int:
@@ -197,7 +201,8 @@ def decode(packet: bytes) -> tuple[Message, int]:
         raise ProtocolError(f"a packet starts with {MAGIC!r}, this one with {magic!r}")
     if version != VERSION:
         raise ProtocolError(f"this side speaks version {VERSION} of the protocol, the packet has version {version}")
-    return _decode_body(packet[HEADER.size :]), descriptors
+    decode_body = _decode_often if len(packet) <= _OFTEN else _decode_body
+    return decode_body(packet[HEADER.size :]), descriptors
 
 
 def _decode_body(raw: bytes) -> Message:
@@ -214,3 +219,7 @@ def _decode_body(raw: bytes) -> Message:
     except (BaseValidationError, TypeError, ValueError) as error:
         raise ProtocolError(f"{op}: {'; '.join(cattrs.transform_error(error)):.{_SHORT}}") from None
     return message
+
+
+_decode_often: Final = functools.lru_cache(maxsize=64)(_decode_body)
+"""Messages cannot be changed: those that come again and again, such as ``Done``, are the same ones."""

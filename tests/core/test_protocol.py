@@ -344,3 +344,16 @@ STAT = protocol.RegionStat(
     tables_shared=False,
     huge_bytes=0,
 )
+
+
+def test_what_comes_again_is_decoded_once_with_the_descriptors_that_came_with_it() -> None:
+    first, second = (
+        protocol.decode(protocol.encode(protocol.Done(), 0)),
+        protocol.decode(protocol.encode(protocol.Done(), 2)),
+    )
+    assert first[0] is second[0]
+    assert (first[1], second[1]) == (0, 2)
+    nonsense = protocol.encode(protocol.Done())[: protocol.HEADER.size] + b"{}"
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="unknown operation"):
+            protocol.decode(nonsense)
