@@ -23,6 +23,7 @@ from benchmarks.work.crowd import Crowd
 from benchmarks.work.file_mappings import FileMappings
 from benchmarks.work.held import Held
 from benchmarks.work.paging import Paging
+from benchmarks.work.refpages import RefPages
 from benchmarks.work.snapshots import Snapshots
 
 
@@ -33,7 +34,7 @@ class Worker:
         self._held = Held()
         self._crowd = Crowd(self._held, self.answer)
         on_held = (Calls(self._held), Paging(self._held), Snapshots(self._held))
-        parts = (self._held, self._crowd, Attaching(), FileMappings(), *on_held)
+        parts = (self._held, self._crowd, Attaching(), FileMappings(), RefPages(), *on_held)
         self._requests: dict[str, Callable[..., Any]] = {
             request: getattr(part, request) for part in parts for request in part.REQUESTS
         }

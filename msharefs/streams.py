@@ -11,14 +11,17 @@ from msharefs.addr import Address, AddrRange, round_down
 from msharefs.perms import Advice
 
 MOST: Final = 2 << 20
-"""Bytes at most that come at once, and no piece crosses a border of as many: so whole ones can be huge pages."""
-_GROWTH: Final = 4
+"""Bytes that come at once at most, and then up to a border of as many: so whole ones can be huge pages."""
+_WHILE_SHORT: Final = MOST // 2
+"""Bytes at most while a stream has not had ``MOST`` yet: few of them are for nothing if it ends."""
+_GROWTH: Final = 3
+"""How much more comes than has come so far."""
 _REMEMBERED: Final = 32
 
 
 @attrs.define
 class Streams:
-    """Where pages are loaded, or stored to, in order: where the last piece of each such stream ended, and its size.
+    """Where pages are loaded, or stored to, in order: where each such stream ended, and how much it has had so far.
 
     A page that is touched on its own brings no other; who goes on where a piece ended brings ever more at once.
     """
@@ -27,15 +30,21 @@ class Streams:
 
     def piece(self, page: AddrRange, free: AddrRange, advice: Advice) -> AddrRange:
         """What a touch of ``page`` brings of ``free``, from it on. Preconditions: ``free`` covers ``page``."""
-        before = self._ends.pop(page.start, None)
-        size = page.size if before is None else min(before * _GROWTH, MOST)
+        before = self._ends.pop(page.start, 0)
         if advice is Advice.RANDOM:
             return page
-        if advice is Advice.SEQUENTIAL:
-            size = MOST
-        border = round_down(page.start, MOST) + MOST
-        end = max(page.end, Address(min(page.start + size, border, free.end)))
-        self._ends[end] = size
+        end = Address(min(page.start + _size(before, advice), free.end))
+        if advice is Advice.SEQUENTIAL or before >= MOST:
+            end = min(end, Address(round_down(page.start, MOST) + MOST))
+        end = max(end, page.end)
+        self._ends[end] = before + end - page.start
         if len(self._ends) > _REMEMBERED:
             self._ends.popitem(last=False)
         return AddrRange(page.start, end)
+
+
+def _size(before: int, advice: Advice) -> int:
+    """How much comes after so much: with a stream that starts, nothing but the page."""
+    if advice is Advice.SEQUENTIAL or before >= MOST:
+        return MOST
+    return min(_GROWTH * before, _WHILE_SHORT)

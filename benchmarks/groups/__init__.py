@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any, Final
 
 from benchmarks.group import Group
-from benchmarks.groups import attach, changes, control, faults, files_shared, growth, scaling, snapshots, touch
+from benchmarks.groups import (
+    attach,
+    changes,
+    control,
+    faults,
+    files_shared,
+    growth,
+    refpages,
+    scaling,
+    snapshots,
+    touch,
+)
 
 ALL: Final[tuple[Group[Any], ...]] = (
     touch.GROUP,
@@ -17,4 +28,5 @@ ALL: Final[tuple[Group[Any], ...]] = (
     faults.GROUP,
     control.GROUP,
     snapshots.GROUP,
+    refpages.GROUP,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.perms import Advice
 from msharefs.streams import MOST, Streams
@@ -31,22 +33,29 @@ def test_a_touch_on_its_own_brings_its_page_alone() -> None:
         assert streams.piece(page(number * PAGE_SIZE), FREE, Advice.NORMAL) == page(number * PAGE_SIZE)
 
 
-def test_in_order_ever_more_comes_up_to_a_border() -> None:
-    sizes = sizes_in_order(Streams(), 0, 3 * MOST)
+def test_in_order_ever_more_comes() -> None:
+    sizes = sizes_in_order(Streams(), 0, 4 * MOST)
     assert sizes[0] == PAGE_SIZE
-    assert sizes[-2:] == [MOST, MOST]
-    assert len(sizes) <= 8
-    grown = sizes[: sizes.index(max(sizes[:-2]))]
-    assert grown == sorted(grown)
+    assert sizes[-3:] == [MOST, MOST, MOST]
+    assert len(sizes) <= 9
+    assert sizes == sorted(sizes)
 
 
-def test_no_piece_crosses_a_border() -> None:
-    at = 0
-    streams = Streams()
-    for _ in range(20):
-        piece = streams.piece(page(at), FREE, Advice.NORMAL)
-        assert (piece.start - BASE) // MOST == (piece.end - 1 - BASE) // MOST
-        at += piece.size
+@pytest.mark.parametrize("length", [PAGE_SIZE, 5 * PAGE_SIZE, MOST // 8, 500 * PAGE_SIZE, MOST, 4_096_000, 3 * MOST])
+def test_not_much_comes_for_nothing(length: int) -> None:
+    """At most three times what was touched of little, and as much again of much."""
+    came = sum(sizes_in_order(Streams(), 0, length))
+    assert came <= (4 * length if length < MOST // 4 else 2 * length)
+
+
+def test_a_long_stream_comes_by_whole_pieces_wherever_it_starts() -> None:
+    at = 5 * PAGE_SIZE
+    streams, pieces = Streams(), []
+    while at < 5 * MOST:
+        pieces.append(streams.piece(page(at), FREE, Advice.NORMAL))
+        at += pieces[-1].size
+    assert [piece.size for piece in pieces[-3:]] == [MOST] * 3
+    assert all(piece.start % MOST == 0 for piece in pieces[-3:])
 
 
 def test_several_streams_grow_side_by_side() -> None:
@@ -54,7 +63,7 @@ def test_several_streams_grow_side_by_side() -> None:
     for _ in range(4):
         at = [start + streams.piece(page(start), FREE, Advice.NORMAL).size for start in at]
     assert [end % (4 * MOST) for end in at] == [at[0]] * 3
-    assert at[0] > 16 * PAGE_SIZE
+    assert at[0] >= 64 * PAGE_SIZE
 
 
 def test_old_streams_are_forgotten() -> None:

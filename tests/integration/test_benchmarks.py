@@ -23,6 +23,7 @@ TINY = {
     "changes": "changes.Plan((1, 3), (2 * MIB, 4 * MIB), 1)",
     "faults": "faults.Plan(16, (1, 2), 2 * MIB, 1)",
     "control": "control.Plan(3, 1)",
+    "refpages": "refpages.Plan(3, 4_096_000, (4096, 2_048_000, 4_096_000), 1)",
     "snapshots": "snapshots.Plan((8 << 20,), 8 << 20, 1 << 20, 2, 2, 1)",
 }
 RUN = """
@@ -31,7 +32,8 @@ from pathlib import Path
 import attrs
 from benchmarks import groups, suite
 from benchmarks.daemon import stop_cleanly_on_signals
-from benchmarks.groups import ALL, attach, changes, control, faults, files_shared, growth, scaling, snapshots, touch
+from benchmarks.groups import ALL, attach, changes, control, faults, files_shared, growth, refpages, scaling, snapshots
+from benchmarks.groups import touch
 from benchmarks.machine import GIB, MIB
 
 if __name__ == "__main__":
