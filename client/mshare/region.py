@@ -25,8 +25,8 @@ from msharefs.refpage import RefPage
 
 _SERVED_ADVICE: Final = {Advice.REMOVE, Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL}
 """What the daemon does all about."""
-_ADVICE_ON_SIZES: Final = {Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE}
-"""What means nothing for pages that are huge by nature; the kernel would only split the window, and its tables."""
+_NOT_FOR_HUGETLB: Final = {Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE, Advice.COLD, Advice.PAGEOUT}
+"""What means nothing to the kernel for pages that are huge by nature: it would refuse, or split the window."""
 
 
 class Region:
@@ -42,7 +42,7 @@ class Region:
         self._window = window
         self._inode = offer.inode
         self._used = offer.used or offer.size
-        self._served_advice = _SERVED_ADVICE if offer.page == PAGE_SIZE else _SERVED_ADVICE | _ADVICE_ON_SIZES
+        self._served_advice = _SERVED_ADVICE if offer.page == PAGE_SIZE else _SERVED_ADVICE | _NOT_FOR_HUGETLB
         self._attachment = attachment
         self._pid = os.getpid()
         self._lock = threading.RLock()

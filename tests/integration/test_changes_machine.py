@@ -54,7 +54,10 @@ def spans(draw: st.DrawFn) -> tuple[int, int]:
 
 
 class Machine(RuleBasedStateMachine):
-    """What each page is: its protection and contents, or nothing. ``clients`` and ``regions`` are set by the test."""
+    """What each page is: its protection, its contents, and what they are when its memory is given back; or nothing.
+
+    ``clients`` and ``regions`` are set by the test.
+    """
 
     clients: list[Client]
     names: Iterator[str]
@@ -63,7 +66,7 @@ class Machine(RuleBasedStateMachine):
     def create(self, backing: str, empty: bool) -> None:
         name = next(self.names)
         self.steps = 0
-        self.pages: dict[int, tuple[int, int]] = {} if empty else dict.fromkeys(range(SIZE // PAGE), (3, 0))
+        self.pages: dict[int, tuple[int, int, int]] = {} if empty else dict.fromkeys(range(SIZE // PAGE), (3, 0, 0))
         how = f"None, {SIZE}, CREATE, backing={backing!r}, empty={empty}"
         for c, arguments in zip(self.clients, (how, "0x6000_0000_0000, 0, RW", "0x6100_0000_0000, 0, RO"), strict=True):
             c.do(f"name = {name!r}; r = mshare.mshare(name, {arguments})")
@@ -76,13 +79,20 @@ class Machine(RuleBasedStateMachine):
             self.clients[who].do(call)
         return not refused
 
-    @rule(who=st.integers(0, 1), span=spans(), prot=st.sampled_from([0, 1, 3]), flag=st.sampled_from([0x10, 0x100000]))
-    def mmap(self, who: int, span: tuple[int, int], prot: int, flag: int) -> None:
+    @rule(
+        who=st.integers(0, 1),
+        span=spans(),
+        prot=st.sampled_from([0, 1, 3, 3]),
+        flag=st.sampled_from([0x10, 0x10, 0x100000]),
+        shows=st.sampled_from([0, 0xAA, 0xBB]),
+    )
+    def mmap(self, who: int, span: tuple[int, int], prot: int, flag: int, shows: int) -> None:
+        """Zeros, or a reference page."""
         first, count = span
         taken = flag != 0x10 and any(page in self.pages for page in range(first, first + count))
-        call = f"r.mmap({count * PAGE}, {prot}, {0x21 | flag}, offset={first * PAGE})"
-        if self.run(who, call, taken):
-            self.pages.update(dict.fromkeys(range(first, first + count), (prot, 0)))
+        what = f"0x400022 | {flag}, refpage=mshare.refpage_create(bytes([{shows}]))" if shows else f"0x21 | {flag}"
+        if self.run(who, f"r.mmap({count * PAGE}, {prot}, {what}, offset={first * PAGE})", taken):
+            self.pages.update(dict.fromkeys(range(first, first + count), (prot, shows, shows)))
 
     @rule(who=st.integers(0, 1), span=spans())
     def munmap(self, who: int, span: tuple[int, int]) -> None:
@@ -96,20 +106,27 @@ class Machine(RuleBasedStateMachine):
         first, count = span
         holes = any(page not in self.pages for page in range(first, first + count))
         if self.run(who, f"r.mprotect({first * PAGE}, {count * PAGE}, {prot})", holes):
-            self.pages.update({page: (prot, self.pages[page][1]) for page in range(first, first + count)})
+            self.pages.update({page: (prot, *self.pages[page][1:]) for page in range(first, first + count)})
 
     @rule(who=st.integers(0, 1), span=spans())
     def remove(self, who: int, span: tuple[int, int]) -> None:
         first, count = span
-        refused = any(self.pages.get(page, (0, 0))[0] != 3 for page in range(first, first + count))
+        refused = any(self.prot(page) != 3 for page in range(first, first + count))
         if self.run(who, f"r.madvise({first * PAGE}, {count * PAGE}, mmap.MADV_REMOVE)", refused):
-            self.pages.update(dict.fromkeys(range(first, first + count), (3, 0)))
+            removed = {page: self.pages[page][2] for page in range(first, first + count)}
+            self.pages.update({page: (3, shows, shows) for page, shows in removed.items()})
+
+    @rule(who=st.integers(0, 1), span=spans())
+    def give_back_what_was_only_read(self, who: int, span: tuple[int, int]) -> None:
+        first, count = span
+        refused = any(page not in self.pages for page in range(first, first + count))
+        self.run(who, f"r.madvise({first * PAGE}, {count * PAGE}, 20)", refused)
 
     @rule(who=st.integers(0, 1), page=st.sampled_from(PAGES), value=st.integers(1, 255))
     def store(self, who: int, page: int, value: int) -> None:
-        if self.pages.get(page, (0, 0))[0] == 3:
+        if self.prot(page) == 3:
             self.clients[who].do(f"r.buf[{page * PAGE}] = {value}")
-            self.pages[page] = (3, value)
+            self.pages[page] = (3, value, self.pages[page][2])
 
     @invariant()
     def everybody_sees_the_same(self) -> None:
@@ -119,7 +136,7 @@ class Machine(RuleBasedStateMachine):
             c.send(ask=f"([look_at(page) for page in {PAGES}], may_store({stored_to}))")
         for c in self.clients:
             seen, status = c.receive()
-            assert seen == [self.pages.get(page, (0, 0))[1] if self.prot(page) else NOTHING for page in PAGES]
+            assert seen == [self.pages[page][1] if self.prot(page) else NOTHING for page in PAGES]
             if c is not self.clients[2]:
                 assert status in self.expected(stored_to)
 
@@ -130,7 +147,7 @@ class Machine(RuleBasedStateMachine):
         return {0: {-SIGSEGV, -SIGBUS}, 1: {-SIGSEGV}, 3: {0}}[self.prot(page)]
 
     def prot(self, page: int) -> int:
-        return self.pages.get(page, (0, 0))[0]
+        return self.pages[page][0] if page in self.pages else 0
 
     def teardown(self) -> None:
         for c in self.clients[1:]:

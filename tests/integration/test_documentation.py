@@ -157,6 +157,18 @@ def test_files_a_document_links_to_exist(document: str) -> None:
     assert missing == []
 
 
+def test_an_arena_of_a_reference_page_takes_what_is_used(daemon: Daemon) -> None:
+    """And finds the same mistakes as one that was filled beforehand."""
+    told = run(daemon.mount, sys.executable, str(ROOT / "examples/arena.py"), "16").splitlines()
+    mistakes = "100 records were used before they were initialised"
+    assert [told[1], told[3]] == [f"memset: {mistakes}", f"reference page: {mistakes}"]
+    assert "16384 KiB taken" in told[0]
+    taken = re.search(r"(\d+) KiB taken", told[2])
+    assert taken is not None
+    assert 4 <= int(taken[1]) <= 128
+    assert leftovers(daemon.mount) == []
+
+
 def leftovers(mount: Path) -> list[str]:
     """The regions that are there."""
     return sorted(set(os.listdir(mount)) - {"mshare_info", ".regions", ".metrics"})
