@@ -151,7 +151,8 @@ class Snapshots:
             mm = region.model.mm
             if region is origin or not mm.rule.forked & Arming.WP:
                 effects = [*mm.write_back(mm.ar), *forking.shield(mm)] if region is origin else forking.shield(mm)
-                apply.carry_out(region, effects, self._lifetimes.read_events)
+                if effects:
+                    apply.carry_out(region, effects, self._lifetimes.read_events)
 
     def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
         origin = wish.origin
