@@ -13,7 +13,9 @@ from msharefs.addr import Address
 from msharefs.effects import Signal
 
 _SYS_RT_TGSIGQUEUEINFO: Final = 297
-_SI_QUEUE: Final = -1
+_SI_SIGIO: Final = -5
+"""Of the codes that a process may give, one whose siginfo has 8 bytes of its own where the fault signals have si_addr:
+elsewhere there are a pid and a uid, which the kernel translates for who is in another pid or user namespace."""
 _SIGINFO_SIZE: Final = 128
 _SIGINFO: Final = struct.Struct("=iii4xQ")
 """si_signo, si_errno, si_code, and si_addr where the fault signals have it."""
@@ -121,10 +123,16 @@ def process_of_thread(tid: int) -> int | None:
 
 
 def would_miss(pid: int, tid: int, signal: Signal) -> bool:
-    """Whether a thread blocks or its process ignores ``signal``, so that sending it would change nothing."""
+    """Whether a thread blocks or its process ignores ``signal``, so that sending it would change nothing.
+
+    The first process of a pid namespace ignores all that it has no handler for, but SIGKILL (pid_namespaces(7)).
+    """
     fields = status_fields(_PROC / str(pid) / "task" / str(tid))
     bit = 1 << (signal - 1)
-    return any(int(fields.get(key, "0"), 16) & bit for key in ("SigBlk", "SigIgn"))
+    if any(int(fields.get(key, "0"), 16) & bit for key in ("SigBlk", "SigIgn")):
+        return True
+    is_first = status_fields(_PROC / str(pid)).get("NSpid", "").split()[-1:] == ["1"]
+    return is_first and not int(fields.get("SigCgt", "0"), 16) & bit
 
 
 def in_system_call(pid: int, tid: int) -> bool | None:
@@ -155,7 +163,7 @@ def _has_signal(task: Path) -> bool:
 
 def send_fault_signal(pid: int, tid: int, signal: Signal, addr: Address) -> None:
     """Give a thread the signal of a bad access, with si_addr (rt_tgsigqueueinfo(2)). Raises OSError."""
-    info = _SIGINFO.pack(signal, 0, _SI_QUEUE, addr).ljust(_SIGINFO_SIZE, b"\0")
+    info = _SIGINFO.pack(signal, 0, _SI_SIGIO, addr).ljust(_SIGINFO_SIZE, b"\0")
     libc.syscall(_SYS_RT_TGSIGQUEUEINFO, pid, tid, int(signal), info)
 
 
