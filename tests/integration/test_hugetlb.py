@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Client, Daemon
+from conftest import Client, Daemon, mounts_below
 from hugepages import (
     ELSEWHERE,
     GIB,
@@ -369,6 +369,25 @@ class TestDaemon:
         assert a.error_of(f"mshare.mshare('y', None, {MORE}, CREATE, backing='hugetlb')").errno == errno.ENOMEM
         a.do("r.detach()")
         b.do("mshare.mshare_unlink('x')")
+        eventually(lambda: pool() == before)
+
+    @pytest.mark.usefixtures("hugetlb")
+    def test_mounts_of_regions_go_with_the_daemon_after_one_that_was_killed(
+        self, start_daemon: Callable[..., Daemon], client: Start, before: Pool, eventually: Eventually
+    ) -> None:
+        dead = start_daemon()
+        c = client(dead)
+        c.do("r = mshare.mshare('x', None, GIB, CREATE, backing='hugetlb'); r.buf[0] = 1")
+        assert any("/state/hugetlb/" in place for place in mounts_below(dead.directory))
+        dead.kill()
+        c.kill()
+        options = ["--mount", str(dead.mount), "--state-dir", str(dead.state)]
+        with subprocess.Popen([sys.executable, "-m", "mshared", *options], stderr=subprocess.PIPE) as again:
+            assert again.stderr is not None
+            while b"ready" not in again.stderr.readline():
+                assert again.poll() is None
+            again.terminate()
+        assert mounts_below(dead.directory) == []
         eventually(lambda: pool() == before)
 
     def test_that_is_no_roots_cannot_raise_the_pool(self, directory: Path) -> None:
