@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from msharefs.addr import PMD_SIZE, AddrRange, united
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, united
 from msharefs.effects import Punch
-from msharefs.perms import Access, Prot
+from msharefs.perms import Access, Advice, Prot
 from msharefs.pte import Pte, PteFlag, pte_flags
 from msharefs.vma import Arming, Vma
 
@@ -63,6 +63,21 @@ def missing_from(mm: HostMm, page: AddrRange, vma: Vma, access: Access) -> AddrR
         if rest and rest[0].start == page.end:
             free = AddrRange(page.start, rest[0].end)
     return mm.streams[access].piece(page, free, vma.advice)
+
+
+def missing_ahead(mm: HostMm, page: AddrRange, vma: Vma) -> tuple[AddrRange, ...]:
+    """What the store to a missing page brings elsewhere: pages of the same reference page, touched in steps."""
+    if vma.advice is not Advice.NORMAL or mm.page != PAGE_SIZE:
+        return ()
+    streams = mm.streams[Access.WRITE]
+    found = []
+    for other in streams.steps(page):
+        there = mm.vmas.find(other.start)
+        shows = there is not None and there.source == vma.source and there.prot & Prot.WRITE
+        if shows and mm.table.walk(other.start) is None:
+            streams.came(other)
+            found.append(other)
+    return tuple(found)
 
 
 def stored_to(mm: HostMm, page: AddrRange, vma: Vma) -> AddrRange:

@@ -118,13 +118,14 @@ class Fill:
 class FillPattern:
     """What a reference page holds appears in ``ar``, whose first page somebody waits for, who goes on.
 
-    ``clean``: as it appears, it is protected in every attachment. The rest of ``ar`` comes along as far as nothing is
-    there; what has come is to be noted (``clean_pages.came``).
+    ``clean``: as it appears, it is protected in every attachment. The rest of ``ar``, and the pages ``ahead``, come
+    along as far as nothing is there; what has come is to be noted (``clean_pages.came``).
     """
 
     ar: AddrRange
     refpage: RefPage
     clean: bool
+    ahead: tuple[AddrRange, ...] = ()
 
 
 @attrs.frozen

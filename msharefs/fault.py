@@ -70,8 +70,10 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if frame is not None and store_of(frame) != mm.store:
         return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
     if isinstance(vma.source, RefPage):
+        clean = fault.access is Access.READ
+        ahead = () if clean else clean_pages.missing_ahead(mm, page, vma)
         around = clean_pages.missing_from(mm, page, vma, fault.access)
-        return Resolution(FillPattern(around, vma.source, clean=fault.access is Access.READ), vma)
+        return Resolution(FillPattern(around, vma.source, clean, ahead), vma)
     if vma.source is not None:
         mm.missed(page)
         return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start), vma)

@@ -16,7 +16,8 @@ _WHILE_SHORT: Final = MOST // 2
 """Bytes at most while a stream has not had ``MOST`` yet: few of them are for nothing if it ends."""
 _GROWTH: Final = 3
 """How much more comes than has come so far."""
-_REMEMBERED: Final = 32
+_REMEMBERED: Final = 128
+_MOST_STEPS: Final = 64
 
 
 @attrs.define
@@ -27,6 +28,26 @@ class Streams:
     """
 
     _ends: OrderedDict[Address, int] = attrs.Factory(OrderedDict)
+    _last: int = 0
+    _step: int = 0
+    _ahead: int = 0
+
+    def steps(self, page: AddrRange) -> list[AddrRange]:
+        """What a touch of ``page`` on its own brings elsewhere: where it would go on in steps of one size.
+
+        From the second step of that size on, and each time twice as many: no more are for nothing than were touched.
+        """
+        if page.start in self._ends:
+            return []
+        step = page.start - self._last
+        self._ahead = min(2 * self._ahead or 1, _MOST_STEPS) if step == self._step else 0
+        self._step, self._last = step, page.start + step * self._ahead
+        starts = (page.start + step * number for number in range(1, self._ahead + 1))
+        return [AddrRange.sized(start, page.size) for start in starts if start >= 0]
+
+    def came(self, page: AddrRange) -> None:
+        """A page came before it was touched: who goes on behind it goes on in order."""
+        self._ends[page.end] = page.size
 
     def piece(self, page: AddrRange, free: AddrRange, advice: Advice) -> AddrRange:
         """What a touch of ``page`` brings of ``free``, from it on. Preconditions: ``free`` covers ``page``."""
@@ -38,7 +59,7 @@ class Streams:
             end = min(end, Address(round_down(page.start, MOST) + MOST))
         end = max(end, page.end)
         self._ends[end] = before + end - page.start
-        if len(self._ends) > _REMEMBERED:
+        while len(self._ends) > _REMEMBERED:
             self._ends.popitem(last=False)
         return AddrRange(page.start, end)
 

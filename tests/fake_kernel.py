@@ -21,7 +21,7 @@ PID, TID = 4321, 4322
 
 
 class FakeUffd:
-    """Notes ioctls, and fails as it is told to: by the name of the call, one errno after the other."""
+    """Notes ioctls, and fails as it is told to: by the name of the call, one errno after the other, 0 for none."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -64,6 +64,9 @@ class FakeUffd:
     def _note(self, name: str, *args: object) -> None:
         if self.errors.get(name):
             number = self.errors[name].pop(0)
+            if not number:
+                self.calls.append((name, *args))
+                return
             raise OSError(number, os.strerror(number))
         self.calls.append((name, *args))
 

@@ -41,6 +41,8 @@ def answer(attachment: LiveAttachment, addr: Address, tid: int, effect: FillPatt
         if _fill_whole(region, effect):
             return attempt(attachment, partial(attachment.uffd.wake, attachment.guest(effect.ar)))
         outcome = _copy(attachment, effect)
+        if outcome is Outcome.SERVED:
+            _copy_ahead(attachment, effect)
     if outcome in (Outcome.EXISTS, Outcome.UNMAPPED):
         return _fill_one(attachment, addr, tid, effect)
     return outcome
@@ -55,6 +57,18 @@ def _copy(attachment: LiveAttachment, effect: FillPattern) -> Outcome:
         return outcome_of(attachment, error)
     clean_pages.came(attachment.region.model.mm, AddrRange.sized(effect.ar.start, size), clean=effect.clean)
     return Outcome.SERVED
+
+
+def _copy_ahead(attachment: LiveAttachment, effect: FillPattern) -> None:
+    """The same, for pages that nobody waits for yet; the first that cannot come is the last that is tried."""
+    source = _buffer(effect.refpage).address
+    for page in effect.ahead:
+        try:
+            attachment.uffd.copy_some(attachment.guest(page), source, protected=False)
+        except OSError as error:
+            outcome_of(attachment, error)
+            return
+        clean_pages.came(attachment.region.model.mm, page, clean=False)
 
 
 def _fill_whole(region: LiveRegion, effect: FillPattern) -> bool:

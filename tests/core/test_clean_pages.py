@@ -146,6 +146,23 @@ def test_stores_in_order_to_clean_pages_are_let_through_in_ever_larger_pieces() 
     assert len(allowed) <= 6
 
 
+def test_stores_in_steps_bring_the_next_ones() -> None:
+    """In all mappings of the same reference page that may be stored to, where nothing is; loads bring nothing."""
+    mm = mm_with(0, 300)
+    put(mm, 100, 140, BB)
+    put(mm, 200, 205, AA, Prot.READ)
+    for number in (0, 20):
+        touch(mm, number, WRITE)
+    for number, ahead in ((40, [60]), (80, []), (140, [160, 180, 220])):
+        effect = mm.fault(Fault(pages(number, number + 1).start, WRITE)).effect
+        assert isinstance(effect, FillPattern)
+        assert effect.ahead == tuple(pages(n, n + 1) for n in ahead)
+        for ar in (effect.ar, *effect.ahead):
+            clean_pages.came(mm, ar, clean=False)
+    loads = mm_with(0, 300)
+    assert all(touch(loads, number, READ).size == PAGE_SIZE for number in range(0, 300, 30))
+
+
 def test_what_comes_along_ends_before_what_is_there() -> None:
     mm = mm_with()
     touch(mm, 3, WRITE)

@@ -444,7 +444,11 @@ class ForkingMachine(RuleBasedStateMachine):
                     if member.memory[page] is None:
                         member.memory[page] = in_file(file, offset // self.kind.page)
                     member.mm.filled(ar)
-            case FillPattern(ar, _, clean):
+            case FillPattern(ar, _, clean, ahead):
+                for page in (page for at in ahead for page in self.kind.pages_of(at) if member.memory[page] is None):
+                    member.memory[page] = PATTERN
+                    by.protected.discard(page)
+                    clean_pages.came(member.mm, self.kind.ar_of(range(page, page + 1)), clean=False)
                 for other in member.attached if clean else ():
                     other.protected.update(self.kind.pages_of(ar))
                 for page in itertools.takewhile(lambda page: member.memory[page] is None, self.kind.pages_of(ar)):

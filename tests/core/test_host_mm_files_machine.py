@@ -433,6 +433,13 @@ class HostMmFilesMachine(RuleBasedStateMachine):
             self.kernel.memory[page] = pattern(effect.refpage)
             (by.protected.add if effect.clean else by.protected.discard)(page)
             clean_pages.came(self.mm, self.ar_of(range(page, page + 1)), clean=effect.clean)
+        for ar in effect.ahead:
+            (page,) = self.pages_of(ar)
+            assert not effect.clean
+            if page not in self.kernel.memory:
+                self.kernel.memory[page] = pattern(effect.refpage)
+                by.protected.discard(page)
+                clean_pages.came(self.mm, ar, clean=False)
 
     @rule(page=PAGES, process=st.integers(0, 1))
     def late_store(self, page: int, process: int) -> None:

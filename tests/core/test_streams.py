@@ -95,3 +95,49 @@ def test_a_huge_page_comes_alone() -> None:
     for _ in range(3):
         assert streams.piece(huge, FREE, Advice.NORMAL) == huge
         huge = huge.moved(PMD_SIZE)
+
+
+def steps(streams: Streams, offset: int) -> list[int]:
+    """Where a touch brings pages elsewhere, and what comes with it there."""
+    found = streams.steps(page(offset))
+    for ar in found:
+        streams.came(ar)
+    streams.piece(page(offset), FREE, Advice.NORMAL)
+    return [ar.start - BASE for ar in found]
+
+
+def test_steps_of_one_size_bring_what_comes_next_twice_as_many_each_time() -> None:
+    streams, step, at = Streams(), 4_096_000, 0
+    counts = []
+    for _ in range(12):
+        found = steps(streams, at)
+        assert found == [at + step * number for number in range(1, len(found) + 1)]
+        counts.append(len(found))
+        at += step * (len(found) + 1)
+    assert counts == [0, 0, 1, 2, 4, 8, 16, 32, 64, 64, 64, 64]
+
+
+def test_steps_down_do_so_too_as_far_as_there_are_addresses() -> None:
+    streams = Streams()
+    assert [steps(streams, 100 * PAGE_SIZE - 10 * number * PAGE_SIZE) for number in range(3)][-1] == [70 * PAGE_SIZE]
+    near_the_start = AddrRange.sized(3 * PAGE_SIZE, PAGE_SIZE)
+    low = Streams()
+    for number in (2, 1, 0):
+        found = low.steps(near_the_start.moved(number * 2 * PAGE_SIZE))
+    assert [ar.start for ar in found] == [PAGE_SIZE]
+
+
+def test_steps_of_changing_size_and_touches_in_order_bring_nothing_elsewhere() -> None:
+    streams = Streams()
+    assert [steps(streams, number * number * PAGE_SIZE) for number in range(5, 20)] == [[]] * 15
+    at = 1000 * PAGE_SIZE
+    for _ in range(5):
+        assert streams.steps(page(at)) == []
+        at += streams.piece(page(at), FREE, Advice.NORMAL).size
+
+
+def test_who_goes_on_behind_a_page_that_came_goes_on_in_order() -> None:
+    streams = Streams()
+    for number in range(3):
+        steps(streams, number * MOST)
+    assert streams.piece(page(3 * MOST + PAGE_SIZE), FREE, Advice.NORMAL).size > PAGE_SIZE

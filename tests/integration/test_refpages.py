@@ -200,6 +200,13 @@ class TestMemory:
         assert a.ask("r.stat().faults") <= 24
         assert a.ask("clean()") == 512
 
+    def test_stores_in_even_steps_take_few_faults(self, pair: tuple[Client, Client]) -> None:
+        a, b = pair
+        a.do("for page in range(0, 1000, 10): r.buf[page * PAGE] = 1")
+        assert a.ask("r.stat().faults") <= 12
+        assert a.ask("resident()") <= 200
+        assert b.ask("list(r.buf[0 : 11 * PAGE : PAGE]) == [1] + [0xAA] * 9 + [1] and r.buf[1023 * PAGE] == 0xAA")
+
     def test_every_process_can_read_what_one_has_read_without_a_fault(self, pair: tuple[Client, Client]) -> None:
         a, b = pair
         assert a.ask("is_aa(0, 1024)")
