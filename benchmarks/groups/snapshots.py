@@ -131,10 +131,11 @@ GROUP: Final = Group(
     compares="Region.fork and odfork, against os.fork() with as much private memory",
     method=(
         "All memory is touched before. The peer has 4 KiB pages, as memory has that is not asked to be huge; its fork "
-        "copies page tables. Forks follow on each other, with stores to some pages in between; the first one of a "
-        "region, which has to look at all of it, is told apart. The first store to a page after a fork has to copy it: "
-        "4 KiB, or 2 MiB with hugetlb. A writer stores to random 4 KiB pages, as fast as it can, from before a fork "
-        "until a second after it. Nobody but the one process runs."
+        "copies page tables. Forks follow on each other, each ended before the next; the first one of a region, which "
+        "has to look at all of it, is told apart. Stores are measured after further forks. The first store to a page "
+        "after a fork has to copy it: 4 KiB, or 2 MiB with hugetlb; the very first one comes right after the fork. A "
+        "writer stores to random 4 KiB pages, as fast as it can, from before a fork until a second after it. Nobody "
+        "but the one process runs."
     ),
     quick=lambda: _plan(GIB, 5, 1),
     full=lambda: _plan(8 * GIB, 10, 3),

@@ -21,6 +21,8 @@ _BATCH: Final = 64
 _STEP: Final = 0.1
 
 Figures = dict[str, list[float]]
+Fork = Callable[[], contextlib.AbstractContextManager[float]]
+"""Makes a snapshot that lasts as long as the context; how long that took."""
 
 
 class Snapshots:
@@ -37,12 +39,8 @@ class Snapshots:
             return took
 
     def fork_region(self, name: str, count: int) -> Figures:
-        """Fork the region over and over, and store to pages each time: how long each took."""
-        found: Figures = {"fork": [], "very first store": [], "first store": []}
-        for _ in range(count):
-            with self._forked(name) as took:
-                _store(self._held.memory.view, took, found)
-        return found
+        """Fork the region over and over, then so with stores to pages each time: how long each took."""
+        return _forked(self._held.memory.view, count, lambda: self._forked(name))
 
     def odfork(self) -> float:
         """Fork the process with a snapshot of the region; how long until the parent goes on."""
@@ -64,12 +62,8 @@ class Snapshots:
 
     def fork_process(self, size: int, count: int) -> Figures:
         """As ``fork_region``, with os.fork() and so much private memory."""
-        found: Figures = {"fork": [], "very first store": [], "first store": []}
         with _private(size) as view:
-            for _ in range(count):
-                with _with_child() as took:
-                    _store(view, took, found)
-        return found
+            return _forked(view, count, _with_child)
 
     def process_goes_on(self, size: int, hot: int, steps: int) -> Figures:
         """As ``write_on`` and ``read_on``, with os.fork() and so much private memory."""
@@ -119,21 +113,26 @@ def _with_child() -> Iterator[float]:
         os.close(theirs)
 
 
-def _store(view: memoryview, forked: float, found: Figures) -> None:
-    """Store to pages that a fork has just been made of; ``forked`` is how long that took."""
-    took = []
-    for at in range(PAGE, min(len(view), _APART * (_STORES + 1)), _APART):
-        start = time.perf_counter()
-        view[at] = 1
-        took.append(time.perf_counter() - start)
-    found["fork"].append(forked)
-    found["very first store"].append(took[0])
-    found["first store"] += took[1:]
+def _forked(view: memoryview, count: int, fork: Fork) -> Figures:
+    found: Figures = {"fork": [], "very first store": [], "first store": []}
+    for _ in range(count):
+        with fork() as took:
+            found["fork"].append(took)
+    for _ in range(count):
+        with fork():
+            stores = [_store(view, at) for at in range(PAGE, min(len(view), _APART * (_STORES + 1)), _APART)]
+        found["very first store"].append(stores[0])
+        found["first store"] += stores[1:]
+    return found
 
 
-def _written(
-    view: memoryview, hot: int, steps: int, fork: Callable[[], contextlib.AbstractContextManager[float]]
-) -> list[float]:
+def _store(view: memoryview, at: int) -> float:
+    start = time.perf_counter()
+    view[at] = 1
+    return time.perf_counter() - start
+
+
+def _written(view: memoryview, hot: int, steps: int, fork: Fork) -> list[float]:
     offsets = shuffled(hot // PAGE, seed=1)
     batches = [offsets[at : at + _BATCH] for at in range(0, len(offsets), _BATCH)]
     done = 0
@@ -152,7 +151,7 @@ def _written(
         return [before, *(rate(forked + number * _STEP) for number in range(1, steps + 1))]
 
 
-def _read(view: memoryview, fork: Callable[[], contextlib.AbstractContextManager[float]]) -> list[float]:
+def _read(view: memoryview, fork: Fork) -> list[float]:
     def once() -> float:
         start = time.perf_counter()
         read_pages(view)

@@ -21,12 +21,14 @@ from typing import Final
 import attrs
 
 from mshared import hugetlb, landlock, libc, mounts
+from mshared.spares import Opener, Spares
 from mshared.undo import Undo
 from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
 
 log = logging.getLogger(__name__)
+
 
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
@@ -174,10 +176,9 @@ class MountedStore(BackingStore):
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
-        self._spares: dict[BackingKind, Backing] = {}
-        """Files of no size that wait for a region: opening one as it must be takes a thread."""
         self._spare_numbers = itertools.count(1)
         self._landlock = landlock.is_available()
+        self._spares = Spares(self._open, landlocked=self._landlock)
         if not self._landlock:
             self._note("no Landlock (Linux 6.2): a client that may write a region can also truncate its memory")
         try:
@@ -200,8 +201,7 @@ class MountedStore(BackingStore):
 
     def close(self) -> None:
         """Unmount; memory that is still mapped somewhere stays until that ends."""
-        while self._spares:
-            self._spares.popitem()[1].close()
+        self._spares.close()
         for kind, tree in self._readonly.items():
             if tree is not None:
                 os.close(tree)
@@ -241,12 +241,11 @@ class MountedStore(BackingStore):
         self._readonly[kind] = mounts.readonly_copy(place)
 
     def prepare(self, kind: BackingKind) -> None:
-        """Have one file of that kind ready."""
-        if kind not in self._spares:
-            self._spares[kind] = self._open(kind)
+        """Have some files of that kind ready."""
+        self._spares.prepare(kind)
 
     def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
-        spare = self._spares.pop(kind, None) or self._open(kind)
+        spare = self._spares.take(kind) or self._open(kind)
         assert spare.path is not None
         path = spare.path.parent / str(region)
         try:
@@ -272,17 +271,17 @@ class MountedStore(BackingStore):
             undo.pop_all()
         return attrs.evolve(made, mount=mount)
 
-    def _open(self, kind: BackingKind) -> Backing:
+    def _open(self, kind: BackingKind, opener: Opener | None = None) -> Backing:
         """A file without size, the name of which starts with a dot: it is no region's."""
         path = self._root / kind / f".spare-{next(self._spare_numbers)}"
-        return self._open_at(path, kind, self._readonly[kind])
+        return self._open_at(path, kind, self._readonly[kind], opener)
 
-    def _open_at(self, path: Path, kind: BackingKind, tree: int | None) -> Backing:
-        """A new file, of whose directory ``tree`` is a copy that cannot be written."""
+    def _open_at(self, path: Path, kind: BackingKind, tree: int | None, opener: Opener | None = None) -> Backing:
+        """A new file, of whose directory ``tree`` is a copy that cannot be written. ``opener``: see ``landlock``."""
+        opener = opener or (landlock.open_without_truncate if self._landlock else os.open)
         with Undo() as undo:
             fd = undo.open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             undo.path = path
-            opener = landlock.open_without_truncate if self._landlock else os.open
             writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
             readonly = os.O_RDONLY | os.O_CLOEXEC
             name = path if tree is None else path.name

@@ -6,8 +6,11 @@ opens the file; the descriptor may then be passed on: ftruncate on it fails with
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import threading
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from mshared import libc
@@ -29,26 +32,46 @@ def is_available() -> bool:
 
 
 def open_without_truncate(path: str, flags: int) -> int:
-    """Open ``path`` such that the descriptor can never shrink or grow the file by ftruncate.
+    """Open ``path`` such that the descriptor can never shrink or grow the file by ftruncate. Raises OSError."""
+    with opener() as open_file:
+        return open_file(path, flags)
 
-    Done in a thread of its own: what a thread gives up it never gets back. Raises OSError.
+
+@contextlib.contextmanager
+def opener() -> Iterator[Callable[[str, int], int]]:
+    """What opens files in that way, one after the other. Raises OSError.
+
+    Done in a thread of its own, which ends with the context: what a thread gives up it never gets back.
     """
-    opened: list[int] = []
-    failed: list[OSError] = []
+    asked: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+    opened: queue.SimpleQueue[int | OSError] = queue.SimpleQueue()
 
     def restricted() -> None:
+        failure: OSError | None = None
         try:
             _give_up_truncate()
-            opened.append(os.open(path, flags | os.O_CLOEXEC))
         except OSError as error:
-            failed.append(error)
+            failure = error
+        while (request := asked.get()) is not None:
+            try:
+                opened.put(failure or os.open(request[0], request[1] | os.O_CLOEXEC))
+            except OSError as error:
+                opened.put(error)
+
+    def open_file(path: str, flags: int) -> int:
+        asked.put((path, flags))
+        found = opened.get()
+        if isinstance(found, OSError):
+            raise found
+        return found
 
     thread = threading.Thread(target=restricted, name="landlocked")
     thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return opened[0]
+    try:
+        yield open_file
+    finally:
+        asked.put(None)
+        thread.join()
 
 
 def _give_up_truncate() -> None:

@@ -136,7 +136,8 @@ class Snapshots:
                 for origin in dict.fromkeys(wish.origin for wish in wishes):
                     self._shield(origin)
                 for wish in wishes:
-                    self._check(wish, who)  # Again: while files were written, and for the one before, names were taken.
+                    if len(wishes) > 1 or wish.origin.files:  # Meanwhile, or for the one before, names were taken.
+                        self._check(wish, who)
                     twins.append(self._twin(wish, who))
             except BaseException:
                 for twin in twins:

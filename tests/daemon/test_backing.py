@@ -289,12 +289,17 @@ class TestMountedStore:
         assert list((directory / "4k").iterdir()) == []
         assert open_descriptors() == before
 
-    def test_a_file_is_made_ahead_once_and_is_the_next_region(
+    def test_files_are_made_ahead_while_there_are_few_and_are_the_next_regions(
         self, tmpfs_store: MountedStore, open_descriptors: Callable[[], int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kind, before = tmpfs_store.kinds[0], open_descriptors()
         tmpfs_store.prepare(kind)
         ready = open_descriptors()
+        tmpfs_store.prepare(kind)
+        assert open_descriptors() == ready
+        for number in range(10, 16):
+            tmpfs_store.create(RegionId(number), kind, SIZE).close()
+        assert open_descriptors() == ready - 6 * 3
         tmpfs_store.prepare(kind)
         assert open_descriptors() == ready
         with monkeypatch.context() as patched:
@@ -308,22 +313,22 @@ class TestMountedStore:
             os.ftruncate(made.writable, 0)
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             os.pwrite(made.readonly, b"x", 0)
-        assert [file.name for file in made.path.parent.iterdir()] == ["3"]
+        assert [file.name for file in made.path.parent.glob("[!.]*")] == ["3"]
         made.close()
-        assert open_descriptors() == before
+        assert open_descriptors() == ready - 3 > before
 
     @pytest.mark.parametrize("why", ["size", "name"])
     def test_one_made_ahead_that_cannot_be_a_region_goes(
         self, tmpfs_store: MountedStore, open_descriptors: Callable[[], int], directory: Path, why: str
     ) -> None:
-        before = open_descriptors()
         tmpfs_store.prepare(BackingKind.SMALL)
+        before = open_descriptors()
         if why == "name":
             (directory / "4k" / "1").write_bytes(b"somebody's")
         with pytest.raises(OSError, match="Invalid argument" if why == "size" else "is there already"):
             tmpfs_store.create(RegionId(1), BackingKind.SMALL, -1 if why == "size" else SIZE)
-        assert open_descriptors() == before
-        assert [file.name for file in (directory / "4k").iterdir()] == ["1"] * (why == "name")
+        assert open_descriptors() == before - 3
+        assert [file.name for file in (directory / "4k").glob("[!.]*")] == ["1"] * (why == "name")
 
     def test_closing_the_store_leaves_no_mount_and_no_descriptor(
         self, directory: Path, open_descriptors: Callable[[], int]

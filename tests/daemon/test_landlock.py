@@ -67,6 +67,20 @@ def test_whoever_called_is_not_restricted(file: Path) -> None:
     assert file.stat().st_size == 0
 
 
+def test_several_are_opened_by_one_thread_and_one_that_fails_keeps_none_from_it(file: Path) -> None:
+    before = threading.active_count()
+    with landlock.opener() as open_file:
+        first = open_file(str(file), os.O_RDWR)
+        with pytest.raises(FileNotFoundError):
+            open_file(str(file.parent / "other"), os.O_RDWR)
+        second = open_file(str(file), os.O_RDWR)
+        assert threading.active_count() == before + 1
+    for fd in (first, second):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        os.close(fd)
+
+
 def test_no_thread_stays_behind(file: Path) -> None:
     os.close(open_without_truncate(str(file), os.O_RDWR))
     assert [thread.name for thread in threading.enumerate() if thread.name == "landlocked"] == []
