@@ -91,6 +91,28 @@ class Forks:
         self._found(child, pid)
 
 
+def process_of(child: LiveAttachment, tid: int) -> int | None:
+    """The process of a child that was not found yet, and whose thread is ``tid``, or None.
+
+    The id alone proves nothing: it is that of the thread's own pid namespace, where another process may be meant by it
+    than here. So whoever it may be has to show the mark.
+    """
+    length = (ANCHOR_PAGES - 1) * PAGE_SIZE
+    candidates = [processes.process_of_thread(tid)]
+    try:
+        child.uffd.mark(_marks(child, ANCHOR_PAGES - 2))
+        for pids in (candidates, processes.children_of(child.parent_pid or 0), processes.all_pids()):
+            for pid in pids:
+                if pid and processes.mapping_sizes(pid, {child.anchor}).get(child.anchor) == length:
+                    return pid
+    except OSError:
+        pass
+    finally:
+        with contextlib.suppress(OSError):
+            child.uffd.unmark(_marks(child, ANCHOR_PAGES - 1))
+    return None
+
+
 def _marks(child: LiveAttachment, count: int) -> AddrRange:
     """The first ``count`` pages of the anchor after the one that is always registered."""
     return AddrRange.sized(child.anchor + PAGE_SIZE, count * PAGE_SIZE)

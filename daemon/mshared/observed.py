@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from mshared import processes
 from msharefs import uffd_abi as abi
 from msharefs.addr import Address
 from msharefs.effects import Allow, Bring, Deliver, Fill, FillPattern, Preserve, ZeroFill
@@ -150,7 +149,7 @@ def trace(live: LiveAttachment, flags: int, addr: int, tid: int, since: int, too
         TraceEvent(
             time_ns=since,
             duration_ns=took,
-            pid=live.model.pid or processes.process_of_thread(tid) or 0,
+            pid=live.model.pid or 0,
             tid=tid,
             offset=addr - live.model.window.start,
             access=access_of(flags).value,

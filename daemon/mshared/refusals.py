@@ -26,7 +26,7 @@ from typing import Final
 
 import trio
 
-from mshared import comparing, files, processes
+from mshared import comparing, files, forks, processes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, Uffd, attempt, insist
 from msharefs import clean_pages
@@ -62,7 +62,7 @@ def refuse(
     or ignores the signal fares as one in a system call: as in a kernel, it cannot look away.
     """
     page = attachment.page_at(addr)
-    pid = attachment.model.pid or processes.process_of_thread(tid)
+    pid = attachment.model.pid or forks.process_of(attachment, tid)
     if pid is None:
         return Outcome.GONE
     tid = processes.thread_seen_from_here(pid, tid)

@@ -14,7 +14,7 @@ import pytest
 import trio
 from fake_kernel import ELSEWHERE, PID, TID, FakeUffd, World, calls, fail, pages
 
-from mshared import processes, refusals
+from mshared import forks, processes, refusals
 from mshared.backing import extents
 from mshared.live import LiveAttachment
 from mshared.uffd import Outcome
@@ -36,7 +36,7 @@ class Threads:
         self.sent: list[tuple[int, ...]] = []
         self.killed: list[tuple[int, int]] = []
         self.process: int | None = PID
-        monkeypatch.setattr(processes, "process_of_thread", lambda _tid: self.process)
+        monkeypatch.setattr(forks, "process_of", lambda _child, _tid: self.process)
         monkeypatch.setattr(processes, "thread_seen_from_here", lambda _pid, tid: tid + 1000)
         monkeypatch.setattr(processes, "in_system_call", lambda *_args: self.in_call)
         monkeypatch.setattr(processes, "would_miss", lambda *_args: self.blocks)

@@ -109,6 +109,28 @@ assert r.stat().attached == 2
         assert outside.ask("r.buf[5]") == 6
         eventually(lambda: outside.ask("r.stat().attached") == 1)
 
+    def test_nobody_else_is_taken_for_a_child_whose_thread_has_the_same_number(
+        self, c: Client, outside: Client, daemon: Daemon, name: str
+    ) -> None:
+        """Children are born with the number that a process outside has, and touch what they may not at once."""
+        c.do(f"unshare({NEWPID})")
+        bystander = outside.pid
+        code = f"""
+r = mshare.mshare({name!r}, 0x6000_0000_0000, 0, RW)
+for n in range(20):
+    open('/proc/sys/kernel/ns_last_pid', 'w').write('{bystander - 1}')
+    pid = os.fork()
+    if pid == 0:
+        if n % 2: r.buf[PAGE]
+        r.buf[2 * PAGE] = 1
+    assert pid == {bystander}
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (-{SIGBUS}, -{SIGSEGV})
+"""
+        assert c.ask(f"fork({code!r})") == 0
+        assert outside.is_alive()
+        assert outside.ask("r.buf[0]") == 1
+        assert f"for thread {bystander} " not in daemon.log()
+
 
 class TestUserNamespace:
     """Whoever is mapped to root there is who it was here."""
