@@ -46,12 +46,14 @@ class Way:
 
 def ways() -> tuple[Way, ...]:
     """All that are compared, those that take huge pages last."""
+    disk, memory = tempfile.gettempdir(), "/dev/shm"
     return (
-        Way(_DISK, tempfile.gettempdir(), plain=True),
-        Way("mmap, tmpfs", "/dev/shm", plain=True),
+        Way(_DISK, disk, plain=True),
+        Way("mmap, tmpfs", memory, plain=True),
+        Way("msharefs, tmpfs", memory, plain=False),
         Way("mmap, hugetlbfs", None, plain=True),
         Way("msharefs, hugetlbfs", None, plain=False),
-        Way("msharefs, disk through hugetlb", tempfile.gettempdir(), plain=False, backing="hugetlb"),
+        Way("msharefs, disk through hugetlb", disk, plain=False, backing="hugetlb"),
     )
 
 
@@ -100,8 +102,8 @@ GROUP: Final = Group(
         "growth of PageTables in /proc/meminfo counts, and the time, the daemon's reading of the file included. A "
         "filesystem may keep the file in memory in large pieces, which take fewer page tables: what it does is "
         "measured. With plain mmap(2) of hugetlbfs the kernel shares tables by itself where processes map the file at "
-        "addresses that agree modulo 1 GiB: children of one process do, others only if they see to it. Through the "
-        "backing thp a file on disk has pages of 4 KiB, and takes page tables as a file on tmpfs does."
+        "addresses that agree modulo 1 GiB: children of one process do, others only if they see to it. A file on "
+        "tmpfs, and one on disk through the backing thp, has pages of 4 KiB, for which the kernel shares no tables."
     ),
     quick=lambda: Plan(machine.fitting_size(GIB), 20),
     full=lambda: Plan(machine.fitting_size(4 * GIB), 50),

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -117,7 +118,9 @@ async def read_in(region: LiveRegion) -> None:
         with _file(region) as (file, start):
             for some in _batches(missing):
                 await trio.to_thread.run_sync(
-                    _read_some, file, start, some, filler, region.digests, limiter=region.reading.limiter
+                    partial(_read_some, file, start, some, filler, region.digests),
+                    abandon_on_cancel=True,
+                    limiter=region.reading.limiter,
                 )
                 for offset in some:
                     for run in table.holes(region.model.range_at(offset, PMD_SIZE)):

@@ -198,7 +198,7 @@ def _served(fault: Waiting, how: type[Answer]) -> None:
 
 
 def _log_short(region: LiveRegion, error: OSError) -> None:
-    log.warning("region %s: no memory for a mapped file: %s", region.model.name, error.strerror)
+    log.warning("region %s: no memory for a mapped file: %s", region.model.title, error.strerror)
 
 
 def _piece_with(reading: Reading, addr: Address) -> AddrRange | None:

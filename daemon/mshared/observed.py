@@ -72,7 +72,7 @@ class Journal:
         refusal = Refusal(
             number=self._count,
             time_ns=time.time_ns(),
-            region=region.name or "",
+            region=region.title,
             pid=pid,
             tid=tid,
             address=addr,

@@ -153,7 +153,7 @@ async def _read_page(region: LiveRegion, page: AddrRange, vma: Vma) -> bool:
             read, fd, page.size, source.offset, limiter=region.reading.limiter
         )
     except OSError as error:
-        log.warning("region %s: reading a mapped file: %s", region.model.name, error.strerror)
+        log.warning("region %s: reading a mapped file: %s", region.model.title, error.strerror)
         return False
     finally:
         files.let_go(fd, file.magic)

@@ -105,8 +105,9 @@ class Settling:
     async def flush_all(self, regions: Iterable[LiveRegion]) -> None:
         """Have the files of all of them hold every store."""
         for region in regions:
-            async with region.lock:
-                await self._flush(region)
+            if region.has_stores:  # Else whoever holds its lock, for ever perhaps, is none of our business.
+                async with region.lock:
+                    await self._flush(region)
 
     def finish(self) -> None:
         """Settle what is left when nobody serves any more: what blocks now, blocks nobody."""

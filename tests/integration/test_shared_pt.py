@@ -399,3 +399,11 @@ def test_a_death_while_it_changes_hands(mapper: Callable[..., Client], daemon: D
     a.kill()
     b.do("m.mprotect(PROT_READ | PROT_WRITE); m.buf[0] = 2")
     assert [line.split()[0] for line in (entry(daemon, path) / "attachments").read_text().splitlines()] == [str(b.pid)]
+
+
+def test_what_was_refused_is_told(mapper: Callable[..., Client], daemon: Daemon, path: Path) -> None:
+    a = mapper()
+    a.do("m.mprotect(PROT_READ)")
+    assert touch(a, 100, store=True) == SIGSEGV
+    a.do("from mshare import inspect")
+    assert entry(daemon, path).name in a.ask("[refusal.region for refusal in inspect.refusals()]")
