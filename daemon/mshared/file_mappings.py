@@ -156,10 +156,8 @@ class FileMappings:
         """Wait until what was stored by a mapping that has ended is in the file."""
         self._regions = {key: live for key, live in self._regions.items() if not live.closed}
         live = self._regions.get(key)
-        while live is not None and live.ended and not live.closed:
-            await live.written.wait()
-            async with live.lock:
-                pass
+        if live is not None and live.ended:
+            await live.gone.wait()
 
     def _found_or_made(
         self, caller: Caller, wanted: Wanted, file: File, kind: BackingKind

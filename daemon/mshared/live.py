@@ -143,8 +143,8 @@ class Unwritten:
 class LiveRegion:
     """A region and its files: those of its memory, and in ``files`` those that are mapped into it.
 
-    ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone. ``lock`` is held by a
-    change from its first await to its end.
+    ``settled`` is set once its creator is attached, or has failed. ``closed`` when it is gone, which sets ``gone``.
+    ``lock`` is held by a change from its first await to its end.
     ``moves`` counts how often memory was moved or went. ``changing`` while a change is carried out: faults wait,
     since the model is ahead of the memory; ``arming_now`` is what it has armed so far. ``created_ns`` is the wall
     clock's time, for people; ``page_tables_before`` the bytes of all page tables then, None where not counted yet.
@@ -165,6 +165,7 @@ class LiveRegion:
     page_tables_before: int | None = None
     files: dict[FileId, MappedFile] = attrs.Factory(dict)
     closed: bool = False
+    gone: trio.Event = attrs.Factory(trio.Event)
     lock: trio.Lock = attrs.Factory(trio.Lock)
     moves: int = 0
     changing: bool = False
@@ -380,6 +381,7 @@ class LiveRegion:
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
         self.closed = True
+        self.gone.set()
         self.journal.ended(self.model)
         for file in self.files.values():
             file.close()
