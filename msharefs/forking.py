@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 import attrs
 
 from msharefs import clean_pages
-from msharefs.addr import AddrRange
+from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, united
 from msharefs.effects import Arm, Change, Copy, Protect
-from msharefs.frames import store_of
+from msharefs.frames import StoreNo, frame_in, index_of, store_of
 from msharefs.host_mm import HostMm
-from msharefs.perms import Prot
-from msharefs.pte import PteFlag
+from msharefs.lineage import Lineage
+from msharefs.perms import PROT_RW, Prot
+from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag, pte_flags
 from msharefs.vma import Arming, FaultCount
 
 
@@ -77,6 +78,13 @@ def fork(mm: HostMm) -> HostMm:
     return twin
 
 
+def own_pages(mm: HostMm) -> list[AddrRange]:
+    """Where what is installed lies in its own store, in order."""
+    if not mm.borrowed:
+        return mm.table.present(mm.ar)
+    return united(run for run, pte in mm.table.runs(mm.ar) if store_of(pte.frame) == mm.store)
+
+
 def relax(mm: HostMm) -> list[Change]:
     """Have memory native again of which nobody else has anything any more: the effects.
 
@@ -111,6 +119,42 @@ def copied(mm: HostMm, copy: Copy) -> None:
     else:
         for vma in mm.vmas.overlapping(copy.ar):
             mm.filled(vma.clipped(copy.ar).ar)
+
+
+def restore_pages(mm: HostMm, present: list[AddrRange], foreign: Iterable[tuple[AddrRange, StoreNo]]) -> None:
+    """Install what was installed, for all that can be known: what its own store has (``present``), else ``foreign``.
+
+    A page that was brought is a member's own from then on, and so is one that was inherited.
+    """
+    huge = mm.granule > PAGE_SIZE
+    mm.sync(present, huge=huge)
+    for ar, store in foreign:
+        for vma in mm.vmas.overlapping(ar):
+            if vma.reaches_file or not vma.prot & PROT_RW:
+                continue
+            for hole in mm.table.holes(vma.clipped(ar).ar):
+                _refer(mm, hole, store, huge=huge)
+
+
+def _refer(mm: HostMm, ar: AddrRange, store: StoreNo, *, huge: bool) -> None:
+    """Have pages of a relative's store installed, protected."""
+    flags = pte_flags(Prot.READ)
+    mm.borrowed.add(store)
+    for piece in ar.pieces(PMD_SIZE):
+        frame = frame_in(store, index_of(mm.frame_at(piece.start)))
+        if huge and piece.size == PMD_SIZE and frame % FRAMES_IN_PMD == 0:
+            mm.table.set(piece.start, Pte(frame, flags | PteFlag.HUGE))
+        else:
+            mm.table.set_range(piece, frame, flags)
+
+
+def restore_protection(lineage: Lineage) -> None:
+    """Have pages protected that members refer to in each other's stores. Preconditions: all pages are restored."""
+    for mm in lineage.members.values():
+        for run, pte in list(mm.table.runs(mm.ar)) if mm.borrowed else ():
+            owner = lineage.members.get(store_of(pte.frame))
+            if owner is not None and owner is not mm:
+                owner.table.change_flags(run, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
 
 
 def shared_bytes(mm: HostMm) -> int:

@@ -65,6 +65,7 @@ class HostMm:
         paging_all: bool = False,
         hole_signal: Signal = Signal.SIGBUS,
         lineage: Lineage | None = None,
+        store: StoreNo | None = None,
     ) -> None:
         if not ar.is_aligned(page):
             raise InvalidArgumentError(f"{ar} is not made of whole pages")
@@ -75,7 +76,7 @@ class HostMm:
         self.rule = ArmingRule(ar, granule, paging_all=paging_all)
         self.hole_signal = hole_signal
         self.lineage = lineage or Lineage()
-        self.store = self.lineage.add(self)
+        self.store = self.lineage.add(self, store)
         self.streams = {access: Streams() for access in Access}
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""

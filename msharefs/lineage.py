@@ -37,12 +37,12 @@ class Lineage:
         """Whether there is nobody to share with."""
         return len(self.members) < 2
 
-    def add(self, mm: HostMm) -> StoreNo:
-        """Take a member in; the number of its store. Raises NoSpaceError after the 65536th."""
-        if self._next == MAX_STORES:
+    def add(self, mm: HostMm, store: StoreNo | None = None) -> StoreNo:
+        """Take a member in; the number of its store, which it had before if given. NoSpaceError after the 65536th."""
+        number = StoreNo(self._next) if store is None else store
+        if number == MAX_STORES:
             raise NoSpaceError(f"{MAX_STORES} forks of one region have been made; copy its contents to a new one")
-        number = StoreNo(self._next)
-        self._next += 1
+        self._next = max(self._next, number + 1)
         self.members[number] = mm
         return number
 

@@ -5,23 +5,9 @@ from __future__ import annotations
 import attrs
 
 from msharefs.addr import PAGE_SIZE
+from msharefs.greeting import Hello as Hello
+from msharefs.greeting import Welcome as Welcome
 from msharefs.reports import Heat, Refusal, RegionName, RegionStat, TraceEvent, Vma
-
-
-@attrs.frozen
-class Hello:
-    """Client: the first message. ``client`` says who speaks, for the log."""
-
-    client: str
-
-
-@attrs.frozen
-class Welcome:
-    """Daemon: go on. Without ``fork_events`` a forked child must adopt its windows before it touches them."""
-
-    server: str
-    mount: str
-    fork_events: bool
 
 
 @attrs.frozen

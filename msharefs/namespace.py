@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import attrs
 
@@ -62,8 +61,8 @@ class Namespace:
         self._by_name: dict[str, Region] = {}
         self._by_id: dict[RegionId, Region] = {}
         self._by_file: dict[FileKey, Region] = {}
-        self._region_ids = itertools.count(1)
-        self._attachment_ids = itertools.count(1)
+        self._next_region = RegionId(1)
+        self._next_attachment = AttachmentId(1)
         self._next_free = Address(WINDOW_START)
 
     def __iter__(self) -> Iterator[Region]:
@@ -81,6 +80,23 @@ class Namespace:
     def find_file(self, key: FileKey) -> Region | None:
         """The region by which processes share that file, ready or not."""
         return self._by_file.get(key)
+
+    @property
+    def counters(self) -> tuple[RegionId, AttachmentId]:
+        """The numbers that the next region and the next attachment get."""
+        return self._next_region, self._next_attachment
+
+    def restore(self, regions: Iterable[Region], counters: tuple[RegionId, AttachmentId]) -> None:
+        """Have regions again that there were before, with their attachments; those that have neither have ended."""
+        for region in regions:
+            self._by_id[region.id] = region
+            if region.name is not None:
+                self._by_name[region.name] = region
+            if region.file is not None:
+                self._by_file[region.file.key] = region
+            if WINDOW_START <= region.ar.start < WINDOW_END:
+                self._next_free = max(self._next_free, Address(region.ar.end))
+        self._next_region, self._next_attachment = counters
 
     def find(self, name: str) -> Region:
         """The region of that name, ready or not."""
@@ -130,9 +146,8 @@ class Namespace:
         if not empty:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)
-        number = RegionId(next(self._region_ids))
-        region = Region(number, name, owner, backing, mm, used=used, transient=kept, kept=kept)
-        self._by_name[name] = self._by_id[number] = region
+        region = Region(self._new_region(), name, owner, backing, mm, used=used, transient=kept, kept=kept)
+        self._by_name[name] = self._by_id[region.id] = region
         return region
 
     def share(self, file: SharedFile, addr: int | None, size: int, owner: Ownership, backing: BackingKind) -> Region:
@@ -149,7 +164,7 @@ class Namespace:
             paging_all=self.policy.paging_all and not file.resident,
             hole_signal=self.policy.hole_signal,
         )
-        region = Region(RegionId(next(self._region_ids)), None, owner, backing, mm, file=file)
+        region = Region(self._new_region(), None, owner, backing, mm, file=file)
         self._by_file[file.key] = self._by_id[region.id] = region
         return region
 
@@ -165,7 +180,7 @@ class Namespace:
         Preconditions: ``check_fork`` has passed.
         """
         owner = Ownership(who.uid, who.gid, mode)
-        number = RegionId(next(self._region_ids))
+        number = self._new_region()
         region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "", used=origin.used)
         self._by_id[number] = region
         if name is not None:
@@ -177,7 +192,8 @@ class Namespace:
     ) -> Attachment:
         """A new reference to ``region``, which is ready from now on."""
         window = check_window(region, addr)
-        attachment = Attachment(AttachmentId(next(self._attachment_ids)), pid, window, readonly, forked_from)
+        attachment = Attachment(self._next_attachment, pid, window, readonly, forked_from)
+        self._next_attachment = AttachmentId(attachment.id + 1)
         region.attachments[attachment.id] = attachment
         region.ready = True
         return attachment
@@ -233,6 +249,11 @@ class Namespace:
         """Carry out chmod and chown; whether the caller may is checked by the kernel before it asks."""
         changes = {"mode": mode, "uid": uid, "gid": gid}
         region.owner = attrs.evolve(region.owner, **{k: v for k, v in changes.items() if v is not None})
+
+    def _new_region(self) -> RegionId:
+        number = self._next_region
+        self._next_region = RegionId(number + 1)
+        return number
 
     def _check_new(self, name: str, mode: int, who: Credentials) -> None:
         check_name(name)

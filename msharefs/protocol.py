@@ -161,9 +161,10 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(
         attrs.has, lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
     )
-    # Of these there may be more than a thousand in a packet.
-    short = make_dict_unstructure_fn(DonatedRange, converter, _cattrs_omit_if_default=True)
-    converter.register_unstructure_hook(DonatedRange, short)
+    # Of the first there may be more than a thousand in a packet; the others say no more than they have to.
+    for terse in (DonatedRange, Hello, Welcome):
+        short = make_dict_unstructure_fn(terse, converter, _cattrs_omit_if_default=True)
+        converter.register_unstructure_hook(terse, short)
     return converter
 
 

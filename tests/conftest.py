@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from mshared import keeper
+
 PATIENCE = 20.0
 """Seconds after which a process of a test that has not answered is taken to hang."""
 
@@ -159,6 +161,10 @@ class Client:
         """Whether it has not answered yet."""
         return not select.select([self._process.stdout], [], [], 0)[0]
 
+    def answers(self, within: float) -> bool:
+        """Whether an answer has come, or comes soon."""
+        return bool(select.select([self._process.stdout], [], [], within)[0])
+
     def dies_of(self, statements: str) -> tuple[int, str]:
         """Run statements that end the process; its exit status and what it wrote to stderr."""
         self.send(do=textwrap.dedent(statements))
@@ -211,14 +217,25 @@ class Daemon:
         self.mount = directory / "mount"
         self.state = directory / "state"
         arguments = ["--mount", str(self.mount), "--state-dir", str(self.state), *options]
-        code = _DAEMON + (f"drop({uid})\n" if uid is not None else "") + f"{prelude}\nmain({arguments!r})\n"
+        self._code = _DAEMON + (f"drop({uid})\n" if uid is not None else "") + f"{prelude}\nmain({arguments!r})\n"
         self._log = (directory / "log").open("wb+")
-        self.process = subprocess.Popen([sys.executable, "-c", code], stderr=self._log, stdout=self._log)
+        self.process = self._start({})
         try:
             self._wait_until_ready()
         except BaseException:
             self._log.close()
             raise
+
+    def _start(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", self._code]
+        return subprocess.Popen(command, stderr=self._log, stdout=self._log, env=os.environ | env)
+
+    def restart(self, **env: str) -> None:
+        """Start the daemon that follows one that has ended, and wait until it is ready."""
+        self.process.wait()
+        before = self.log().count("mshared: ready")
+        self.process = self._start(env)
+        self._wait_until_ready(before)
 
     @property
     def pid(self) -> int:
@@ -227,6 +244,10 @@ class Daemon:
     @property
     def socket(self) -> Path:
         return self.state / "socket"
+
+    @property
+    def log_file(self) -> Any:
+        return self._log
 
     def log(self) -> str:
         return (self.directory / "log").read_text(errors="replace")
@@ -262,13 +283,19 @@ class Daemon:
         if self.process.poll() is None:
             self.stop()
         self._log.close()
+        for place in self.state.glob("keeper-*"):
+            kept = keeper.ask(self.state, place.name)
+            if kept is not None:
+                kept.release()
+                for fd in kept.fds.values():
+                    os.close(fd)
         for place in mounts_below(self.directory):
             subprocess.run(["umount", "-l", place], check=False)
         shutil.rmtree(self.directory)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, before: int = 0) -> None:
         waited = 0.0
-        while "mshared: ready" not in self.log():
+        while self.log().count("mshared: ready") <= before:
             try:
                 self.process.wait(0.02)
             except subprocess.TimeoutExpired:
@@ -321,7 +348,8 @@ def start_daemon(_needs_the_kernel: None) -> Iterator[Callable[..., Daemon]]:
         status = daemon.stop()
         text = daemon.log()
         if alive and (status or mounts_below(daemon.directory) or daemon.state.exists()):
-            problems.append(f"status {status}, left {mounts_below(daemon.directory)}, state {daemon.state.exists()}")
+            left = mounts_below(daemon.directory)
+            problems.append(f"status {status}, left {left}, state {daemon.state.exists()}: {text}")
         if "Traceback" in text or "ERROR" in text:
             problems.append(text)
         daemon.close()

@@ -11,7 +11,7 @@ from typing import Final
 import attrs
 
 from mshare import syscalls as sc
-from mshare.connection import Connection, connect, reply_of
+from mshare.connection import Connection, RestartedError, connect, reply_of
 from mshare.discovery import find_mount
 from mshare.donation import Donation
 from mshare.region import Region, attached_as, check_no_window, close_windows
@@ -78,14 +78,18 @@ def open_region(text: str, addr: int | None, length: int, oflags: int, terms: Te
     tries = 0
     while tries < _TRIES:
         region = None
-        if oflags & os.O_CREAT:
-            region = _create(link, text, addr, length, oflags, terms)
         try:
+            if oflags & os.O_CREAT:
+                region = _create(link, text, addr, length, oflags, terms)
             return region or _attach(link, text, addr, length, oflags)
         except _Vanished:
             tries += 1
         except BlockingIOError:
             continue  # Its creator is at work; the daemon has made us wait already.
+        except RestartedError:
+            tries += 1
+            if tries == _TRIES:
+                raise
     raise OSError(errno.EAGAIN, f"region {text!r} comes and goes, or no address stays free; try again")
 
 
@@ -99,8 +103,14 @@ def mshare_unlink(name: Name, *, mount: Mount = None) -> None:
     link = connect(find_mount(mount))
     path = link.mount / text
     with opened(path, os.O_RDWR) as ticket:
-        close_windows(attached_as(link.mount, inode_of(path)))
-        link.call(protocol.Unlink(text), protocol.Done, ticket)
+        windows = attached_as(link.mount, inode_of(path))
+        close_windows(windows)
+        try:
+            link.call(protocol.Unlink(text), protocol.Done, ticket)
+        except OSError as error:
+            # A daemon that was restarted since has seen that the windows were gone: our access has ended, as asked.
+            if not windows or error.errno not in (errno.EBUSY, errno.EACCES):
+                raise
 
 
 def remove(name: Name, *, mount: Mount = None) -> None:
@@ -142,6 +152,10 @@ def _create(link: Connection, name: str, addr: int | None, length: int, oflags: 
             if addr is None:
                 return None
             raise
+        except RestartedError as error:
+            if not donation.parts:
+                raise
+            raise ConnectionResetError(error.errno, error.strerror) from error  # Its files may be another's now.
 
 
 def _donation_of(addr: int | None, length: int) -> Donation:

@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,13 +20,40 @@ from msharefs import protocol
 from msharefs.errors import ProtocolError
 
 R = TypeVar("R")
+PATIENCE: Final = 5.0
+"""Seconds to wait for a daemon that was there before and is not now: it may be being restarted."""
+_FIRST_WAIT: Final = 0.005
+_LAST_WAIT: Final = 0.1
+"""Seconds between two tries, at first and in the end."""
+_MOST_LOSSES: Final = 20
+"""How often a request may lose its connection."""
 _ANCILLARY: Final = socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS)
+_IN_CONVERSATION: Final = (protocol.Mapped, protocol.Settled, protocol.Abort)
+"""Requests about an offer, which is no longer known to a daemon that was started since."""
+
+
+DYING: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.EPIPE)
+"""What a mount, or a socket, answers when its daemon has just gone."""
+
+
+class Ticket(tuple[int, ...]):
+    """Descriptors of the mount, which the next daemon does not know: ``again`` opens the file once more."""
+
+    again: Callable[[], Ticket]
+
+
+class RestartedError(ConnectionResetError):
+    """The daemon was restarted in the middle of a conversation, of which nothing has come; it is to start over."""
 
 
 class Connection:
     """Talks to the daemon of one mount; connects when first needed, and again when the daemon is another one.
 
     Used from any thread: one request is under way at a time. A forked child has a connection of its own.
+
+    A daemon that was killed has written down which requests it has carried out, and what their answers are. So when a
+    connection is lost with a request under way, the next daemon is asked for the answer first: nothing is done twice.
+    ``_session`` names the conversation, in which ``_answered`` requests were answered.
     """
 
     def __init__(self, mount: Path) -> None:
@@ -33,6 +61,10 @@ class Connection:
         self.fork_events = True
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
+        self._session = ""
+        self._answered = 0
+        self._known = False
+        """Whether a daemon was there before, when this process asked, or one that it was forked from."""
 
     def call(self, request: protocol.Request, expected: type[R], fds: tuple[int, ...] = ()) -> R:
         """Make a request whose reply brings no descriptors; the reply. Raises OSError as the daemon says."""
@@ -47,7 +79,9 @@ class Connection:
                 reply, received = self._exchange(request, fds)
             except BaseException:
                 self._hang_up()  # Half a conversation: the next reply would not be ours.
+                self._session = ""  # And nobody shall take the answer for another's.
                 raise
+            self._answered += 1
         if isinstance(reply, protocol.Failed):
             _close(received)
             raise OSError(reply.errno, reply.message)
@@ -56,37 +90,68 @@ class Connection:
     def reach(self) -> None:
         """Connect, unless that is done. Raises OSError when there is no daemon."""
         with self._lock:
-            self._connected()
+            self._connected(waiting=False)
 
     def forget(self) -> None:
         """In a forked child: the connection is the parent's, and a thread that is not here may hold the lock."""
         self._lock = threading.Lock()
+        self._session = ""
         self._hang_up()
 
+    def wait_for_daemon(self) -> bool:
+        """Have a daemon again, if there was one before; whether there is one now."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._known:
+                self._hang_up()
+                self._connected(waiting=False)
+                return True
+        return False
+
     def _exchange(self, request: protocol.Request, fds: tuple[int, ...]) -> tuple[protocol.Message, list[int]]:
-        fresh = self._sock is None
-        try:
-            sock = self._connected()
-            _send(sock, request, fds)
-        except (BrokenPipeError, ConnectionResetError):
-            if fresh:
+        for losses in range(_MOST_LOSSES):
+            sock, answered = self._connected(waiting=losses > 0)
+            try:
+                if losses and not answered:
+                    _check_start(request)
+                    fds = fds.again() if isinstance(fds, Ticket) else fds
+                if not answered:
+                    _send(sock, request, fds)
+                return _receive(sock)
+            except RestartedError:
                 raise
-            self._hang_up()  # The daemon was restarted since.
-            sock = self._connected()
-            _send(sock, request, fds)
-        return _receive(sock)
+            except OSError as error:
+                if error.errno not in DYING:
+                    raise
+                self._hang_up()
+        raise ConnectionResetError(errno.ECONNRESET, "the daemon hangs up again and again; its log may say why")
 
-    def _connected(self) -> socket.socket:
-        if self._sock is None:
-            self._sock = self._connect()
-        return self._sock
+    def _connected(self, *, waiting: bool) -> tuple[socket.socket, bool]:
+        """The connection, and whether the answer to the request that is ``waiting`` comes by it at once."""
+        if self._sock is not None:
+            return self._sock, False
+        until = time.monotonic() + PATIENCE if self._known else 0.0
+        wait = _FIRST_WAIT
+        while True:
+            try:
+                self._sock, answered = self._connect(waiting=waiting)
+            except OSError as error:
+                if error.errno == errno.EPROTONOSUPPORT or time.monotonic() > until:
+                    raise
+            else:
+                self._known = True
+                return self._sock, answered
+            time.sleep(wait)
+            wait = min(2 * wait, _LAST_WAIT)
 
-    def _connect(self) -> socket.socket:
+    def _connect(self, *, waiting: bool) -> tuple[socket.socket, bool]:
+        if not self._session:
+            self._session, self._answered = os.urandom(16).hex(), 0
+        hello = protocol.Hello(f"mshare pid {os.getpid()}", self._session, self._answered, waiting)
         path = read_info(self.mount).socket
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(path))
-            _send(sock, protocol.Hello(f"mshare pid {os.getpid()}"), ())
+            _send(sock, hello, ())
             welcome, received = _receive(sock)
             _close(received)
         except OSError as error:
@@ -102,12 +167,18 @@ class Connection:
                 number, text = welcome.errno, welcome.message
             raise OSError(number, f"the daemon at {path} does not welcome this client: {text}")
         self.fork_events = welcome.fork_events
-        return sock
+        return sock, welcome.known
 
     def _hang_up(self) -> None:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+def _check_start(request: protocol.Request) -> None:
+    """Whether a request can be made again of a daemon that knows of nothing before. Raises RestartedError."""
+    if isinstance(request, _IN_CONVERSATION):
+        raise RestartedError(errno.ECONNRESET, "the daemon was restarted meanwhile; nothing has changed, try again")
 
 
 def reply_of(reply: protocol.Message, expected: type[R]) -> R:
@@ -136,6 +207,11 @@ def connect(mount: Path) -> Connection:
     """This process's connection to the daemon of ``mount``; nothing is sent before the first request."""
     with _connections_lock:
         return _connections.setdefault(mount, Connection(mount))
+
+
+def wait_for_daemon(mount: Path) -> bool:
+    """Have the daemon of ``mount`` again, if this process has had one there; whether there is one now."""
+    return connect(mount).wait_for_daemon()
 
 
 @atexit.register

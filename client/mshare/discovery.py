@@ -46,6 +46,15 @@ def find_mount(mount: str | os.PathLike[str] | None = None) -> Path:
     raise FileNotFoundError(errno.ENOENT, f"no msharefs is mounted; {HOW_TO_START}")
 
 
+def is_served(mount: Path) -> bool:
+    """Whether a daemon answers at a mount."""
+    try:
+        read_info(mount)
+    except OSError:
+        return False
+    return True
+
+
 def read_info(mount: Path) -> Info:
     """What the mount says of itself. Raises OSError when nobody serves it."""
     try:

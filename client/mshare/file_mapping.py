@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from mshare import syscalls as sc
 from mshare.api import Mount, offer_of
-from mshare.connection import Connection, connect
+from mshare.connection import Connection, RestartedError, connect
 from mshare.discovery import find_mount
 from mshare.region import Region
 from mshare.window import RangeInUseError, Window
@@ -228,8 +228,8 @@ def _share(link: Connection, fd: int, wanted: Wanted, flags: int, backing: str |
             if wanted.addr is not None or offer.addr in taken:
                 return f"{offer.addr:#x}, where it is shared, is in use in this process"
             taken.add(offer.addr)
-        except FileNotFoundError:
-            continue  # The last of the others went meanwhile.
+        except (FileNotFoundError, RestartedError):
+            continue  # The last of the others went meanwhile, or the daemon.
     return "others come and go; try again"
 
 

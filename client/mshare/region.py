@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from mshare import connection
 from mshare import syscalls as sc
-from mshare.connection import Connection, collect_maps, reply_of
+from mshare.connection import Connection, RestartedError, collect_maps, reply_of
 from mshare.refpages import wire_content
 from mshare.tickets import Name, checked_name
 from mshare.window import Window
@@ -209,6 +209,13 @@ class Region:
 
     def become(self, token: str) -> None:
         """In a forked child that was kept from having the window: be the private twin made for it. Raises OSError."""
+        try:
+            self._become(token)
+        except RestartedError:  # Nobody has taken it.
+            self._window.discard()
+            self._become(token)
+
+    def _become(self, token: str) -> None:
         reply, fds = self._link.exchange(protocol.Take(token, self.address))
         try:
             offer = reply_of(reply, protocol.Offer)

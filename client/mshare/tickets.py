@@ -5,38 +5,63 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from mshare.discovery import read_info
+from mshare.connection import DYING, Ticket, wait_for_daemon
+from mshare.discovery import is_served, read_info
 from msharefs.errors import MshareError
 from msharefs.names import check_name
 
 Name = str | bytes
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
-def opened(path: Path, access: int) -> Iterator[tuple[int, ...]]:
+def opened(path: Path, access: int) -> Iterator[Ticket]:
     """The opened file of a region, which proves what its mode allows; nothing where it may not be opened like that."""
+    held: list[int] = []
+
+    def close() -> None:
+        while held:
+            os.close(held.pop())
+
+    def again() -> Ticket:
+        close()
+        with contextlib.suppress(PermissionError):
+            held.append(os.open(path, access | os.O_CLOEXEC))
+        ticket = Ticket(held)
+        ticket.again = again
+        return ticket
+
     try:
-        fds: tuple[int, ...] = (os.open(path, access | os.O_CLOEXEC),)
-    except PermissionError:
-        fds = ()
+        first = _served(path, again)
     except OSError as error:
         raise _no_region(path, error) from error
     try:
-        yield fds
+        yield first
     finally:
-        for fd in fds:
-            os.close(fd)
+        close()
 
 
 def inode_of(path: Path) -> int:
     """Number of a region's file, which no other region ever has. Raises OSError."""
     try:
-        return path.stat().st_ino
+        return _served(path, path.stat).st_ino
     except OSError as error:
         raise _no_region(path, error) from error
+
+
+def _served(path: Path, ask: Callable[[], R]) -> R:
+    """Ask a file of the mount; once more when its daemon was being restarted. Raises OSError."""
+    try:
+        return ask()
+    except OSError as error:
+        if is_served(path.parent) and error.errno not in DYING:
+            raise
+    wait_for_daemon(path.parent)
+    return ask()
 
 
 def _no_region(path: Path, error: OSError) -> OSError:

@@ -132,7 +132,7 @@ def _run(
     writeback: float,
 ) -> None:
     try:
-        from mshared import app
+        from mshared import app, places
     except ImportError as error:
         raise click.ClickException(
             f"{error}: the daemon needs `pip install 'msharefs[daemon]'` and libfuse3"
@@ -143,7 +143,7 @@ def _run(
         state = state_dir.absolute() if state_dir else app.default_state_dir(place)
         os.chdir("/")
         app.run(app.Config(place, state, policy, backing, mode, hugetlb_pool, writeback))
-    except app.StartError as error:
+    except places.StartError as error:
         raise click.ClickException(str(error)) from None
 
 

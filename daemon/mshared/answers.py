@@ -22,7 +22,7 @@ class Caller:
 class Pending:
     """An offer that waits for its ``mapped``: to the creator of a region, or to one that attaches.
 
-    ``unarmed``: see ``LiveAttachment``.
+    ``token`` is that of the twin that is to be taken; ``unarmed``: see ``LiveAttachment``.
     """
 
     region: LiveRegion
@@ -30,12 +30,17 @@ class Pending:
     creator: bool
     donated: tuple[protocol.DonatedRange, ...] = ()
     unarmed: bool = False
+    token: str | None = None
 
 
 @attrs.frozen
 class Answer:
-    """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set."""
+    """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set.
+
+    ``again``: a packet that follows it, which was lost when it was sent before.
+    """
 
     reply: protocol.Reply
     fds: tuple[int, ...] = ()
     after: trio.Event | None = None
+    again: bytes | None = None

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import gc
 import logging
 import os
 import resource
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
 import attrs
 import trio
 
-from mshared import control, fs, hugetlb, mounts, uffd
+from mshared import control, fs, hugetlb, journal, keeper, mounts, places, recovery, uffd
 from mshared.backing import BackingStore, MemfdStore, MountedStore
+from mshared.book import Book
 from mshared.changes import Changes
+from mshared.journal import State, StateError
 from mshared.lasting import lasting
 from mshared.lifetimes import Lifetimes
 from mshared.notify import keep_watchdog, notify
 from mshared.pager import Pager
+from mshared.places import Fate, StartError
 from mshared.relaxing import Relaxing
 from mshared.reload import LogFile, reload_on_hangup
+from mshared.saved import Saved
 from mshared.service import Service
 from mshared.sizes import keep_sizes
 from mshared.stop_signals import StopSignals
+from mshared.upkeep import Upkeep
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, WINDOW_END, WINDOW_START
 from msharefs.errors import NoMemoryError
@@ -41,14 +42,6 @@ from msharefs.perms import Ownership
 from msharefs.region import BackingKind
 
 log = logging.getLogger(__name__)
-
-_LOCK: Final = "lock"
-_MOUNT_PATIENCE: Final = 3.0
-"""Seconds a mount that stands at our place may take to show that somebody serves it."""
-
-
-class StartError(Exception):
-    """The daemon cannot start; the message has the cure."""
 
 
 @attrs.frozen
@@ -91,22 +84,26 @@ def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT, however many come. Raises StartError."""
     _raise_descriptor_limit()
     stop = StopSignals(hangup=sys.stderr.isatty())
+    fate = Fate()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_directory(config.state_dir.parent))
-        stack.enter_context(_directory(config.state_dir, ours=True))
-        stack.enter_context(_lock(config.state_dir / _LOCK, config.mount))
-        stack.enter_context(_directory(config.mount))
-        _clear_stale(config)
-        stack.enter_context(_hugetlb_pool(config))
-        store = stack.enter_context(_store(config))
+        stack.enter_context(places.directory(config.state_dir.parent))
+        stack.enter_context(places.directory(config.state_dir, ours=True))
+        lock = stack.enter_context(places.lock(config.state_dir / places.LOCK, config.mount, fate))
+        stack.enter_context(places.directory(config.mount))
+        fate.keep = (config.state_dir / journal.NAME).exists()
+        before = _state_before(config)
+        fate.keep = before is not None
+        places.clear_stale(config.mount, config.state_dir, memory=before is None)
+        stack.enter_context(_hugetlb_pool(config, fate))
+        store = stack.enter_context(_store(config, fate))
         device, features, notes = _userfaultfd()
         if device is not None:
             stack.callback(os.close, device)
         pager = Pager()
         stack.callback(pager.close)
         root = Ownership(os.geteuid(), os.getegid(), config.mode)
-        lifetimes = Lifetimes(Namespace(root, config.policy), pager, features, device)
-        stack.callback(_release, lifetimes)
+        book = Book(journal.Journal(config.state_dir / journal.NAME))
+        lifetimes = Lifetimes(Namespace(root, config.policy), pager, features, device, book)
         service = Service(
             lifetimes.namespace,
             lifetimes,
@@ -115,9 +112,13 @@ def run(config: Config) -> None:
             changes=Changes(lifetimes.read_events),
             notes=notes + store.notes,
         )
+        upkeep = stack.enter_context(_kept(service, config, lock, fate))
+        _go_on(before, service, store, upkeep, config)
         listener = stack.enter_context(_listener(config.state_dir / "socket"))
         stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount))
-        trio.run(_serve, config, service, pager, listener, stop)
+        fate.keep = True  # Whatever ends it now, the next one goes on.
+        trio.run(_serve, config, service, pager, upkeep, listener, stop)
+        fate.keep = _report_attached(service)
     stop.ignore()
 
 
@@ -135,7 +136,67 @@ def info_text(config: Config, service: Service) -> str:
     return f"{align}\n" + "".join(f"{key} {value}\n" for key, value in lines.items())
 
 
-async def _serve(config: Config, service: Service, pager: Pager, listener: object, stop: StopSignals) -> None:
+def _state_before(config: Config) -> State | None:
+    """What a daemon before this one has written down and was not at its end with."""
+    path = config.state_dir / journal.NAME
+    try:
+        found = journal.load(path)
+    except StateError as error:
+        raise StartError(str(error)) from None
+    if found is not None and found.boot != journal.boot_id():
+        log.warning("%s is from before the machine was started: nothing of what it tells is there any more", path)
+        path.unlink()
+        return None
+    return found
+
+
+@contextlib.contextmanager
+def _kept(service: Service, config: Config, lock: int, fate: Fate) -> Iterator[Upkeep]:
+    """Have a keeper; what there is goes at the end, or stays with the keeper."""
+    for old in config.state_dir.glob("keeper-*") if not fate.keep else ():
+        old.unlink()
+    upkeep = Upkeep(service, config.state_dir, lock)
+    try:
+        yield upkeep
+    finally:
+        if not fate.keep:
+            _release(service.lifetimes)
+            upkeep.end()
+        elif not service.book.regions:
+            upkeep.keeper.end()
+
+
+def _go_on(before: State | None, service: Service, store: BackingStore, upkeep: Upkeep, config: Config) -> None:
+    """Go on where the daemon before has ended, if there was one. Raises StartError with its state as it was."""
+    if before is None:
+        upkeep.write_all()
+        return
+    try:
+        saved = Saved.of(before.records)
+    except Exception as error:
+        raise StartError(str(journal.unusable(config.state_dir / journal.NAME, f"is corrupt ({error})"))) from error
+    predecessor = keeper.ask(config.state_dir, before.keeper)
+    if predecessor is None:
+        log.warning("no keeper is left of the daemon before; what only it had is lost")
+    going_on = recovery.Recovery(saved, predecessor.fds if predecessor else {}, service, store)
+    going_on.restore()
+    upkeep.write_all()
+    if predecessor is not None:
+        predecessor.release()
+    for old in config.state_dir.glob("keeper-*"):
+        if old.name != upkeep.keeper.name:
+            old.unlink()
+    try:
+        going_on.carry_on()
+    except OSError as error:
+        raise StartError(f"no memory to go on with what was under way ({error}); free some and start again") from error
+    count = service.lifetimes.attachment_count
+    log.info("going on with %d regions and %d attachments", len(service.lifetimes.regions()), count)
+
+
+async def _serve(
+    config: Config, service: Service, pager: Pager, upkeep: Upkeep, listener: object, stop: StopSignals
+) -> None:
     """All tasks, until a signal ends them."""
     device = mounts.mount_at(config.mount)
     if device is None or device.fstype != FSTYPE:
@@ -145,7 +206,7 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)
         nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(listener))  # type: ignore[arg-type]
-        for task in _background(config, service, pager):
+        for task in _background(config, service, pager, upkeep):
             nursery.start_soon(lasting, task)
         await _until_served(config.mount)
         status = f"serving {config.mount}"
@@ -157,25 +218,27 @@ async def _serve(config: Config, service: Service, pager: Pager, listener: objec
         number = await stop.wait()
         log.info("%s: stopping", number.name)
         notify("STOPPING=1")
-        _report_attached(service)
         await service.lifetimes.settling.flush_all(service.lifetimes.regions())  # While faults are served still.
         nursery.cancel_scope.cancel()
 
 
-def _background(config: Config, service: Service, pager: Pager) -> list[Callable[[], Awaitable[None]]]:
+def _background(config: Config, service: Service, pager: Pager, upkeep: Upkeep) -> list[Callable[[], Awaitable[None]]]:
     """What runs for as long as the daemon does, whatever goes wrong."""
     lifetimes = service.lifetimes
     return [
         pager.run,
         lifetimes.sweep_forever,
         lifetimes.forks.run,
-        lifetimes.filling.run,
+        lifetimes.faults.filling.run,
         lifetimes.settling.run,
         partial(lifetimes.settling.from_time_to_time, lifetimes.regions, config.writeback),
         keep_watchdog,
         partial(keep_sizes, lifetimes),
         service.snapshots.prepare,
         Relaxing(lifetimes).run,
+        upkeep.watch_journal,
+        upkeep.watch_keeper,
+        upkeep.watch_the_dead,
     ]
 
 
@@ -197,11 +260,17 @@ def _overview(service: Service) -> str:
     return f"{len(service.lifetimes.regions())} regions, {service.lifetimes.attachment_count} attachments"
 
 
-def _report_attached(service: Service) -> None:
+def _report_attached(service: Service) -> bool:
+    """Say so if anybody is attached, and whether."""
     service.lifetimes.sweep()
     count = sum(live.model.process_count for live in service.lifetimes.regions())
     if count:
-        log.warning("stopping with %d attachments: their memory stays theirs until they end, the names are gone", count)
+        log.warning(
+            "stopping with %d attachments: all regions are kept for the next mshared with this --mount and --state-dir;"
+            " until then nobody can attach, and touches that it would have to see to wait",
+            count,
+        )
+    return bool(count)
 
 
 def _release(lifetimes: Lifetimes) -> None:
@@ -251,14 +320,14 @@ def _userfaultfd() -> tuple[int | None, abi.Feature, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def _hugetlb_pool(config: Config) -> Iterator[None]:
+def _hugetlb_pool(config: Config, fate: Fate) -> Iterator[None]:
     """Have the machine's pool of huge pages as much larger as was asked for."""
     note = config.state_dir / "hugetlb-pool"
     if not config.hugetlb_pool and not note.exists():
         yield
         return
     try:
-        pool = hugetlb.Pool(config.hugetlb_pool or 0, note)
+        pool = hugetlb.Pool(config.hugetlb_pool or 0, note, in_use=fate.keep)
     except NoMemoryError as error:
         raise StartError(f"--hugetlb-pool: {error}") from error
     except OSError as error:
@@ -266,11 +335,12 @@ def _hugetlb_pool(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        pool.close()
+        if not fate.keep:
+            pool.close()
 
 
 @contextlib.contextmanager
-def _store(config: Config) -> Iterator[BackingStore]:
+def _store(config: Config, fate: Fate) -> Iterator[BackingStore]:
     limit = config.policy.limits.max_bytes
     try:
         store: BackingStore = MountedStore(config.state_dir, limit) if os.geteuid() == 0 else MemfdStore()
@@ -279,7 +349,8 @@ def _store(config: Config) -> Iterator[BackingStore]:
     try:
         yield store
     finally:
-        store.close()
+        if not fate.keep:
+            store.close()
 
 
 @contextlib.contextmanager
@@ -306,87 +377,6 @@ def _mounted(tree: fs.MshareFs, mount: Path) -> Iterator[None]:
         yield
     finally:
         fs.shut_down()
-
-
-@contextlib.contextmanager
-def _directory(path: Path, *, ours: bool = False) -> Iterator[None]:
-    """Have a directory; one that we made goes with us, if it is empty then. ``ours``: it is for our files alone."""
-    try:
-        path.mkdir(mode=0o755, parents=True)
-        made = True
-    except FileExistsError:
-        made = ours and (path / _LOCK).exists()  # Left by a daemon that was killed.
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise StartError(f"cannot make {path}: {error.strerror}") from error
-        made = True  # A dead mount stands there.
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def _lock(path: Path, mount: Path) -> Iterator[None]:
-    """Be the only daemon of this mount; the lock goes with the process, however it ends."""
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            text = f"cannot use {path.parent}: {error.strerror}; give --state-dir a directory of this user"
-            raise StartError(text) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise StartError(f"another mshared serves {mount}; `mshare down` stops it") from None
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(fd).st_ino:
-                break
-        os.close(fd)  # The daemon before us took the file away while we waited for it.
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def _clear_stale(config: Config) -> None:
-    """Take away what a daemon that was killed left mounted. Preconditions: we hold the lock."""
-    for kind in BackingKind:
-        place = config.state_dir / kind
-        while mounts.mount_at(place) is not None:
-            log.warning("taking away %s, left by a daemon that was killed", place)
-            mounts.unmount(place)
-    found = mounts.mount_at(config.mount)
-    if found is None:
-        return
-    if found.fstype != FSTYPE:
-        log.info("mounting over the %s at %s", found.fstype, config.mount)
-        return
-    if _is_served(config.mount):
-        raise StartError(f"another mshared serves {config.mount}; `mshare down` stops it")
-    log.warning("replacing the mount at %s, left by a daemon that was killed", config.mount)
-    mounts.unmount(config.mount)
-
-
-def _is_served(mount: Path) -> bool:
-    """Whether a mount answers at all. One that hangs counts: somebody must look at it."""
-    dead = threading.Event()
-
-    def ask() -> None:
-        try:
-            mount.stat()
-        except OSError as error:
-            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                dead.set()
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_MOUNT_PATIENCE)
-    return not dead.is_set()
 
 
 def _raise_descriptor_limit() -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from mshared import backing, refpages, refusals
+import attrs
+
+from mshared import records as rec
+from mshared import refpages, refusals, sparse, table_sharing
 from mshared.crowd import do_for_all
-from mshared.live import LiveAttachment, LiveRegion, Unwritten
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, attempt, insist, outcome_of
-from msharefs import clean_pages
+from msharefs import clean_pages, protocol
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
     Allow,
@@ -43,6 +46,19 @@ from msharefs.vma import Arming
 log = logging.getLogger(__name__)
 
 
+def arm_anew(attachment: LiveAttachment, read_events: Callable[[], None]) -> None:
+    """Arm a window as its region is armed, whatever it was before."""
+    mm = attachment.region.model.mm
+    for ar, arming in mm.rule.over(mm.vmas, mm.ar):
+        insist(attachment, partial(_arm, attachment, ar, arming), read_events)
+
+
+def wake_all(attachment: LiveAttachment) -> None:
+    """Let whoever waits anywhere in a window try again."""
+    for place in attachment.places(attachment.region.model.ar):
+        wake(attachment, place)
+
+
 def arm_new(attachment: LiveAttachment) -> None:
     """Arm a window that nobody has touched yet as its region is armed. Raises OSError when it is not mapped."""
     region = attachment.region
@@ -57,52 +73,131 @@ def arm_new(attachment: LiveAttachment) -> None:
     attachment.model.own_tables |= region.model.unshared is not None and not attachment.model.readonly
 
 
-def carry_out(region: LiveRegion, effects: Iterable[Change], read_events: Callable[[], None]) -> None:
+def carry_out(
+    region: LiveRegion,
+    effects: Iterable[Change],
+    read_events: Callable[[], None],
+    *noted: rec.Record,
+    reply: protocol.Reply | None = None,
+    resume: bool = False,
+) -> None:
     """Make the kernel follow a change of the region, in the order given. Raises OSError where memory is short.
 
     ``read_events`` is called while the kernel wants a fork to be seen to first, and when all attachments are armed,
     before memory moves: children that appear then are armed as they are added, with what this change has armed so
     far.
+
+    ``noted`` is written down before, and with it what is to be done, so that the next daemon does it if this one does
+    not come to the end; ``reply`` is what it comes to for the client. ``resume``: this is what the region's ``change``
+    was to be, of which ``steps`` are taken.
     """
+    changes = list(effects)
+    work = _Work(region, sum(map(_steps_of, changes)), region.steps if resume else 0)
+    if not resume:
+        work.begin(changes, noted, reply)
     for attachment in region.attachments:
         refusals.take_back(attachment)
     refusals.unpoison_shared(region)
     changing_already, region.changing = region.changing, True
     try:
-        for effect in effects:
+        for effect in changes:
             if isinstance(effect, Arm):
                 region.arming_now.append(effect)
-                region.note_arming(effect)
+                table_sharing.note_arming(region, effect)
             if isinstance(effect, Arm | Protect):
                 _change_all(region, effect, read_events)
             else:
                 read_events()
-                _move_memory(region, effect)
+                _move_memory(region, effect, work)
         for attachment in list(region.attachments):
             refusals.unpoison(attachment, read_events)
+    except OSError:
+        if not resume:
+            work.end()
+        raise
     finally:
         region.changing = changing_already
         region.arming_now.clear()
-        region.note_sharing()
+        table_sharing.note_sharing(region)
 
 
-def _move_memory(region: LiveRegion, effect: Change) -> None:
+@attrs.define
+class _Work:
+    """What of a change moves memory: in steps of which each may be taken twice, as long as the next one was not.
+
+    Nobody can touch that memory from the first step to the last. ``left`` are to be taken, the first ``skipped`` were.
+    """
+
+    region: LiveRegion
+    left: int
+    skipped: int
+    done: int = 0
+
+    def begin(self, effects: list[Change], noted: Sequence[rec.Record], reply: protocol.Reply | None) -> None:
+        """Write down what is to be done."""
+        region = self.region
+        if self.left:
+            region.change, region.steps = rec.Begun(region.model.id, tuple(effects)), 0
+            noted = (*noted, region.change)
+        region.note(*noted, reply=reply)
+
+    def step(self, move: Callable[[], rec.Record | None]) -> None:
+        """Take a step, and write down that it is taken, with what it returns."""
+        self.done += 1
+        self.left -= 1
+        if self.done <= self.skipped:
+            return
+        made = move()
+        region = self.region
+        region.steps = self.done
+        number = region.model.id
+        if not self.left:
+            region.change = None
+        taken = rec.Moved(number, self.done) if self.left else rec.Ended(number)
+        region.note(*((made,) if made else ()), taken)
+
+    def end(self) -> None:
+        """Give it up."""
+        if self.region.change is not None:
+            self.region.change = None
+            self.region.note(rec.Ended(self.region.model.id))
+
+
+def _steps_of(effect: Change) -> int:
+    """In how many steps an effect moves memory: contents are copied in one, and taken from where they were in another.
+
+    Of a huge page that was punched in part the kernel may leave a part, as zeros: it must not be copied once more.
+    """
+    match effect:
+        case Arm() | Protect():
+            return 0
+        case Stash() | Unstash():
+            return 2
+        case _:
+            return 1
+
+
+def _move_memory(region: LiveRegion, effect: Change, work: _Work) -> None:
     region.moves += not isinstance(effect, WriteBack)
     match effect:
         case Punch(ar):
-            region.punch(_offsets(region, ar))
+            work.step(lambda: region.punch(_offsets(region, ar)))
         case Stash(ar):
-            inside = _offsets(region, ar)
-            stash = backing.write_to(region.stash())
-            backing.move(region.backing.fd, region.held(inside), stash, region.empty)
+            parts = region.held(_offsets(region, ar))
+            work.step(lambda: sparse.copy_all(region.backing.fd, parts, sparse.write_to(region.stash())))
+            work.step(lambda: region.empty_all(parts))
         case Unstash(ar):
-            stashed = backing.held(region.stash(), _offsets(region, ar), BackingKind.SMALL, None)
-            backing.move(region.stash(), stashed, region.put)
+            parts = sparse.held(region.stash(), _offsets(region, ar), BackingKind.SMALL, None)
+            work.step(lambda: sparse.copy_all(region.stash(), parts, region.put))
+            work.step(lambda: sparse.punch_all(region.stash(), parts))
         case WriteBack(ar, file, offset):
-            data = os.pread(region.backing.fd, ar.size, _offsets(region, ar).start)
-            region.unwritten.append(Unwritten(os.dup(region.files[file].fd), offset, data))
+            work.step(lambda: region.set_aside(file, offset, _contents(region, ar)))
         case _:
             raise InternalError(f"{effect} moves no memory")
+
+
+def _contents(region: LiveRegion, ar: AddrRange) -> bytes:
+    return os.pread(region.backing.fd, ar.size, _offsets(region, ar).start)
 
 
 def _change_all(region: LiveRegion, effect: Arm | Protect, read_events: Callable[[], None]) -> None:

@@ -13,8 +13,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +21,9 @@ import attrs
 
 from mshared import hugetlb, landlock, libc, mounts
 from mshared.spares import Opener, Spares
+from mshared.sparse import held, punch, write_all
 from mshared.undo import Undo
-from msharefs.addr import PMD_SIZE, AddrRange
+from msharefs.addr import AddrRange
 from msharefs.errors import MshareError, NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
 
@@ -77,7 +77,7 @@ class Backing:
         if self.kind is BackingKind.HUGETLB:
             hugetlb.overwrite(self.fd, self.start + offset, bytes(data))
         else:
-            _write_all(self.fd, data, self.start + offset)
+            write_all(self.fd, data, self.start + offset)
 
     def read(self, size: int, offset: int) -> bytes:
         """What is there, and zeros where nothing is."""
@@ -155,9 +155,16 @@ class BackingStore:
             f"backing {kind} needs a daemon run by root; use one of {', '.join(self.kinds)}, or start mshared as root"
         )
 
+    def reopen(self, path: Path, kind: BackingKind, mount: Path | None) -> Backing:
+        """A backing that was made before, and of which nobody has kept descriptors. Raises OSError when it is gone."""
+        raise FileNotFoundError(errno.ENOENT, f"nobody has kept the memory {path} ({kind}, {mount})")
+
     def capacity(self) -> tuple[int, int]:
         """Bytes of memory for regions, in all and free."""
         raise NotImplementedError
+
+    def sweep(self, known: Iterable[Path]) -> None:
+        """Take away what a daemon that was killed has left, but for these files and mounts; before any are made."""
 
     def close(self) -> None:
         """Take away what the store mounted."""
@@ -174,6 +181,7 @@ class MountedStore(BackingStore):
     """Named files on mounts of its own below ``root``, for a daemon run by root: tmpfs twice, and hugetlbfs."""
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:
+        """Mount what is needed; what an earlier daemon has mounted there is taken over."""
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
         self._spare_numbers = itertools.count(1)
@@ -230,7 +238,9 @@ class MountedStore(BackingStore):
         place = self._root / kind
         place.mkdir(mode=0o700, exist_ok=True)
         try:
-            if kind is BackingKind.HUGETLB:
+            if mounts.mount_at(place) is not None:
+                log.info("taking over %s", place)
+            elif kind is BackingKind.HUGETLB:
                 mounts.mount_hugetlbfs(place)
             else:
                 mounts.mount_tmpfs(place, options)
@@ -276,17 +286,45 @@ class MountedStore(BackingStore):
         path = self._root / kind / f".spare-{next(self._spare_numbers)}"
         return self._open_at(path, kind, self._readonly[kind], opener)
 
+    def reopen(self, path: Path, kind: BackingKind, mount: Path | None) -> Backing:
+        """By its name."""
+        tree = self._readonly[kind] if mount is None else mounts.readonly_copy(mount)
+        with Undo() as undo, Undo() as for_now:
+            if mount is not None and tree is not None:
+                for_now.open(tree)
+            fd = undo.open(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            made = self._opened(path, kind, tree, fd, undo)
+        return attrs.evolve(made, mount=mount)
+
+    def sweep(self, known: Iterable[Path]) -> None:
+        """Files and mounts that a daemon which was killed had made for nobody yet, or had just let go."""
+        spared = set(known)
+        for kind in self.kinds:
+            for path in (self._root / kind).iterdir():
+                if path in spared:
+                    continue
+                if path.is_dir():
+                    _take_away(path)
+                else:
+                    path.unlink()
+
     def _open_at(self, path: Path, kind: BackingKind, tree: int | None, opener: Opener | None = None) -> Backing:
         """A new file, of whose directory ``tree`` is a copy that cannot be written. ``opener``: see ``landlock``."""
-        opener = opener or (landlock.open_without_truncate if self._landlock else os.open)
         with Undo() as undo:
             fd = undo.open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             undo.path = path
-            writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
-            readonly = os.O_RDONLY | os.O_CLOEXEC
-            name = path if tree is None else path.name
-            reader = undo.open(os.open(name, readonly, dir_fd=tree))
-            undo.keep()
+            return self._opened(path, kind, tree, fd, undo, opener)
+
+    def _opened(
+        self, path: Path, kind: BackingKind, tree: int | None, fd: int, undo: Undo, opener: Opener | None = None
+    ) -> Backing:
+        """The file behind ``fd``, with what clients get."""
+        opener = opener or (landlock.open_without_truncate if self._landlock else os.open)
+        writable = undo.open(opener(str(path), os.O_RDWR | os.O_CLOEXEC))
+        readonly = os.O_RDONLY | os.O_CLOEXEC
+        name = path if tree is None else path.name
+        reader = undo.open(os.open(name, readonly, dir_fd=tree))
+        undo.keep()
         return Backing(fd, writable, reader, path, kind)
 
 
@@ -316,78 +354,9 @@ class MemfdStore(BackingStore):
 
 
 def _take_away(mount: Path) -> None:
-    mounts.unmount(mount)
+    if mounts.mount_at(mount) is not None:
+        mounts.unmount(mount)
     mount.rmdir()
-
-
-def punch(fd: int, ar: AddrRange) -> None:
-    """FALLOC_FL_PUNCH_HOLE over a range of offsets."""
-    libc.punch(fd, ar.start, ar.size)
-
-
-def resident(fd: int) -> int:
-    """Bytes of memory a file takes."""
-    return os.fstat(fd).st_blocks * 512
-
-
-def extents(fd: int) -> Iterator[AddrRange]:
-    """Where a file holds data, by SEEK_DATA and SEEK_HOLE."""
-    end = os.fstat(fd).st_size
-    at = 0
-    while at < end:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        at = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-        if start < at:
-            yield AddrRange.sized(start, at - start)
-
-
-def held(fd: int, ar: AddrRange, kind: BackingKind, device: int | None) -> list[AddrRange]:
-    """Where a file of that kind holds data in a range of offsets, in order."""
-    status = os.fstat(fd)
-    if status.st_blocks * 512 == status.st_size:
-        return [ar]
-    if kind is BackingKind.HUGETLB:
-        return hugetlb.present(fd, ar, device)
-    return [part for extent in extents(fd) if (part := extent.intersect(ar)) is not None]
-
-
-def move(
-    source: int,
-    parts: list[AddrRange],
-    write: Callable[[bytes, int], None],
-    empty: Callable[[AddrRange], None] | None = None,
-) -> None:
-    """Move what ``source`` holds in ``parts`` to where ``write`` puts it. Raises OSError with all still in source.
-
-    ``empty`` takes it out there, if that is more than punching.
-    """
-    for part in parts:
-        copy(source, part, write)
-    for part in parts:
-        (empty or partial(punch, source))(part)
-
-
-def copy(source: int, part: AddrRange, write: Callable[[bytes, int], None]) -> None:
-    """Have ``write`` put what ``source`` holds in a range of offsets somewhere else."""
-    for piece in part.pieces(PMD_SIZE):
-        write(os.pread(source, piece.size, piece.start), piece.start)
-
-
-def write_to(fd: int) -> Callable[[bytes, int], None]:
-    """What puts data at an offset of a file, by pwrite(2)."""
-    return partial(_write_all, fd)
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def _no_room(error: OSError, size: int) -> MshareError:

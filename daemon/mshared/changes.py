@@ -14,9 +14,11 @@ from weakref import WeakValueDictionary
 import attrs
 import trio
 
-from mshared import apply
+from mshared import apply, book
+from mshared import records as rec
 from mshared.comparing import write_changed
 from mshared.files import filesystem, let_go
+from mshared.killpoints import point
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
 from mshared.writeback import flush, sync_files
@@ -86,8 +88,10 @@ class Changes:
         self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, shows: Opened | RefPage | None
     ) -> protocol.Placed:
         source: Source | None = None
+        added: list[rec.Record] = []
         if isinstance(shows, Opened):
             number = live.region.add_file(shows.fd, shows.magic)
+            added.append(book.file_is(live.region, number))
             source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), shows.writable)
         else:
             source = shows
@@ -115,8 +119,12 @@ class Changes:
 
         if ar is not None and replace and source is not None:
             _check_replaceable(live.region, ar)
-        self._change(live, decide)
-        return protocol.Placed(model.offset_of(place[0]))
+
+        def outcome() -> tuple[AddrRange, protocol.Placed]:
+            return place[0], protocol.Placed(model.offset_of(place[0]))
+
+        self._change(live, decide, outcome, *added, cleared=True)
+        return outcome()[1]
 
     def _refpage(self, content: str | None, flags: MapFlag) -> RefPage | None:
         """A reference page from the wire. Raises InvalidArgumentError, also where it does not fit the flags."""
@@ -140,7 +148,7 @@ class Changes:
         await region.prepare_to_punch(ar)
         await region.family.make_way(region.model.mm, ar)
         out_of_sight = region.out_of_sight(ar)
-        self._change(live, lambda: region.model.mm.munmap(ar))
+        self._change(live, lambda: region.model.mm.munmap(ar), lambda: (ar, protocol.Done()), cleared=True)
         for part in out_of_sight:
             region.give_back(part)
         live.region.drop_unused_files()
@@ -169,7 +177,10 @@ class Changes:
             live.region.reserve(ar, hidden=True)
         else:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
-        self._change(live, lambda: live.region.model.mm.mprotect(ar, prot))
+        hidden = not prot & PROT_RW
+        self._change(
+            live, lambda: live.region.model.mm.mprotect(ar, prot), lambda: (ar, protocol.Done()), cleared=hidden
+        )
         await refill(live.region, ar, self._read_events)
 
     async def madvise(self, live: LiveAttachment, request: protocol.Madvise) -> None:
@@ -187,6 +198,7 @@ class Changes:
             await self._drop_clean(live.region, ar)
         elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
             mm.madvise_reading(ar, advice)
+            live.region.note(book.mapped(live.region, ar))
         elif advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE):
             need = Prot.WRITE if advice is Advice.POPULATE_WRITE else Prot.READ | Prot.WRITE
             if not all(vma.prot & need for vma in mm.vmas.overlapping(ar)):
@@ -199,12 +211,13 @@ class Changes:
         mm.check_removable(ar)
         await region.family.make_way(mm, ar)
         if region.backing.kind is not BackingKind.HUGETLB:
-            self._change(live, lambda: mm.madvise_remove(ar))
+            self._change(live, lambda: mm.madvise_remove(ar), lambda: (ar, protocol.Done()), cleared=True)
             return
         for piece in ar.pieces(_AT_ONCE):
             await trio.lowlevel.checkpoint()
             await region.family.make_way(mm, piece)
-            self._change(live, partial(mm.madvise_remove, piece))
+            reply = protocol.Done() if piece.end == ar.end else None
+            self._change(live, partial(mm.madvise_remove, piece), partial(_tuple, piece, reply), cleared=True)
 
     async def _drop_clean(self, region: LiveRegion, ar: AddrRange) -> None:
         """Give back pages that show a reference page and were only read."""
@@ -219,8 +232,18 @@ class Changes:
         """Write back beforehand: what a change writes back by itself, on the loop, is then little."""
         await flush(live.region, ar, self._read_events)
 
-    def _change(self, live: LiveAttachment, decide: Callable[[], list[Change]]) -> None:
+    def _change(
+        self,
+        live: LiveAttachment,
+        decide: Callable[[], list[Change]],
+        outcome: Callable[[], tuple[AddrRange, protocol.Reply | None]],
+        *noted: rec.Record,
+        cleared: bool,
+    ) -> None:
         """Decide and carry out, in every process; when memory is short, all is as before.
+
+        ``outcome`` says then where that is, and what the client is told. ``cleared``: what was installed there is not
+        any more.
 
         Forks that were under way meanwhile have announced themselves by the time all is armed, or have copied what is
         armed: they are let go on only after they are seen to.
@@ -229,9 +252,13 @@ class Changes:
         _check_writer(live)
         before = [(vma.ar, vma.prot) for vma in region.model.mm.vmas]
         effects = decide()
+        point()
+        ar, reply = outcome()
+        new = (*noted, book.mapped(region, ar, cleared=cleared), *book.dirty_if_any(region, ar))
         try:
-            apply.carry_out(region, effects, self._read_events)
+            apply.carry_out(region, effects, self._read_events, *new, reply=reply)
         except OSError as error:
+            region.book.take_back_answer()
             log.warning("%s: no memory for a change, undone: %s", live, error.strerror)
             self._undo(live, before)
             raise NoMemoryError(f"no memory for the change: {error.strerror}; free some and try again") from error
@@ -247,7 +274,8 @@ class Changes:
             except NoMemoryError as error:
                 log.error("%s: %s stays inaccessible: %s", live, ar, error)  # noqa: TRY400
             else:
-                apply.carry_out(live.region, mm.mprotect(ar, prot), self._read_events)
+                effects = mm.mprotect(ar, prot)
+                apply.carry_out(live.region, effects, self._read_events, book.mapped(live.region, ar))
 
 
 def _check_writer(live: LiveAttachment) -> None:
@@ -255,6 +283,10 @@ def _check_writer(live: LiveAttachment) -> None:
     if live.model.readonly:
         name = live.region.model.title
         raise AccessDeniedError(f"{name!r} was opened O_RDONLY; open it O_RDWR to change its mappings")
+
+
+def _tuple(ar: AddrRange, reply: protocol.Reply | None) -> tuple[AddrRange, protocol.Reply | None]:
+    return ar, reply
 
 
 def _check_replaceable(region: LiveRegion, ar: AddrRange) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -48,6 +48,13 @@ class Digests:
         for page in ar.pieces(PMD_SIZE):
             at = (page.start - start) // PMD_SIZE * size
             self.of[page.start] = marks[at : at + size]
+
+
+def of_the_unknown(held: Iterable[AddrRange]) -> Digests:
+    """Of pages that are there, in ranges of offsets, and of which nobody knows what they were: all are written."""
+    nothing = bytes(PMD_SIZE // PAGE_SIZE * _DIGEST)
+    pages = (page.start for part in held for page in part.pieces(PMD_SIZE))
+    return Digests(dict.fromkeys(pages, nothing), wanted=True, writers=True)
 
 
 def digest(data: bytes | memoryview) -> bytes:

@@ -21,6 +21,7 @@ import trio
 
 from mshared import donations
 from mshared.answers import Answer, Caller, Pending
+from mshared.book import Asked, asked
 from mshared.live import LiveRegion
 from mshared.service import Service
 from mshared.shares import Shares
@@ -128,6 +129,9 @@ class _Connection:
         self._offers: dict[int, Pending] = {}
         self._next_offer = 1
         self._greeted = False
+        self._asked = Asked("", caller.pid, None, 0)
+        self._owing = False
+        """Whether a request was carried out and its answer not sent: the client may ask for that."""
         self._tokens: set[str] = set()
         self.caller = caller
 
@@ -149,17 +153,26 @@ class _Connection:
         self._offers.clear()
         if self._tokens:
             self._service.forget(self._tokens)
+        if not self._owing:
+            self._service.book.end_session(self._asked.session)
 
     async def _exchange(self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]]) -> None:
         """One request, one reply."""
         packet, fds = await self._receive()
+        if self._greeted:
+            self._asked = attrs.evolve(self._asked, number=self._asked.number + 1)
+            asked.set(self._asked)
         try:
             reply = await self._guarded(answer, packet, fds)
         finally:
             self._closer.close(fds)
+        self._owing = True
         if reply.after is not None:
             await reply.after.wait()
         await self._send(reply)
+        if reply.again is not None:
+            await self._sock.send(reply.again)
+        self._owing = False
 
     async def _guarded(
         self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]], packet: bytes, fds: list[int]
@@ -185,7 +198,9 @@ class _Connection:
         _expect(fds, 0)
         self._shares.check(self.caller.who.uid, None, 0)
         self._greeted = True
-        return Answer(protocol.Welcome("mshared", str(self._mount), self._service.lifetimes.fork_events))
+        self._asked, again = self._service.book.resume(message, self.caller.pid)
+        welcome = protocol.Welcome("mshared", str(self._mount), self._service.lifetimes.fork_events, again is not None)
+        return Answer(welcome, again=again)
 
     async def _answer(self, message: protocol.Message, fds: list[int]) -> Answer:
         """Answer any other message; descriptors that are used up are taken out of ``fds``."""
@@ -223,10 +238,10 @@ class _Connection:
                 return service.detach(caller, message)
             case protocol.Unlink():
                 _expect(fds, 0, 1)
-                return service.unlink(caller, message, read_ticket(fds[0], self._device) if fds else None)
+                return service.names.unlink(caller, message, read_ticket(fds[0], self._device) if fds else None)
             case protocol.Remove():
                 _expect(fds, 0)
-                return service.remove(caller, message)
+                return service.names.remove(caller, message)
             case protocol.Mmap():
                 _expect(fds, 0, 1)
                 return await service.change(caller, message, fds[0] if fds else None)
@@ -294,9 +309,9 @@ class _Connection:
             case protocol.Take():
                 return self._offered(*service.take(caller, message))
             case protocol.Forget():
-                mine = self._tokens.intersection(message.tokens)
-                service.forget(mine)
-                self._tokens -= mine
+                made = service.snapshots.made_by(caller.pid)
+                service.forget(made.intersection(message.tokens))
+                self._tokens.difference_update(message.tokens)
                 return Answer(protocol.Done())
 
     def _adopted(self, message: protocol.Adopt, fds: list[int]) -> Answer:

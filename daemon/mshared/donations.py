@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from mshared import apply
+from mshared import apply, book
 from mshared.changes import Opened, checked_prot, open_file
 from mshared.files import let_go
-from mshared.live import LiveRegion, Staged
+from mshared.live import LiveRegion
+from mshared.under_way import Staged
 from msharefs.addr import PAGE_SIZE, Address
 from msharefs.effects import Change, Punch
 from msharefs.errors import (
@@ -92,7 +93,8 @@ def undo(live: LiveRegion, read_events: Callable[[], None]) -> None:
     try:
         apply.carry_out(live, mm.write_back(live.model.ar), read_events)
         for ar in hidden:
-            apply.carry_out(live, mm.mprotect(ar, PROT_RW), read_events)
+            effects = mm.mprotect(ar, PROT_RW)
+            apply.carry_out(live, effects, read_events, book.mapped(live, ar))
     except (OSError, MshareError):
         log.exception("region %s: undoing a donation", live.model.name)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from mshared import processes
-from mshared.backing import resident
 from mshared.live import LiveRegion
+from mshared.sparse import resident
 from msharefs import dump
 from msharefs.region import BackingKind
 

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from mshared.backing import Backing, resident
+from mshared import records as rec
+from mshared.backing import Backing
+from mshared.killpoints import point
+from mshared.sparse import resident
 from msharefs import forking
 from msharefs.addr import PMD_SIZE, AddrRange
 from msharefs.effects import Copy
@@ -36,10 +39,12 @@ _AT_ONCE: Final = 4 * PMD_SIZE
 class Family:
     """The living regions of a lineage, and all stores that somebody needs, those of ended regions included.
 
-    ``copied`` counts bytes.
+    ``number`` is the first region's; ``ended`` are those of which the store alone is left. ``copied`` counts bytes.
     """
 
+    number: int = 0
     regions: dict[StoreNo, LiveRegion] = attrs.Factory(dict)
+    ended: dict[StoreNo, LiveRegion] = attrs.Factory(dict)
     backings: dict[StoreNo, Backing] = attrs.Factory(dict)
     copied: int = 0
     _most: int = 0
@@ -48,6 +53,7 @@ class Family:
     def join(self, region: LiveRegion) -> None:
         """Take a region in."""
         store = region.model.mm.store
+        self.number = self.number or region.model.id
         self.regions[store], self.backings[store] = region, region.backing
         self._most = max(self._most, len(self.regions))
 
@@ -55,24 +61,43 @@ class Family:
         """Let a region go. Its backing is closed when nobody needs it; until then it keeps what somebody does."""
         mm = region.model.mm
         mm.lineage.leave(mm)
-        del self.regions[mm.store]
+        self.ended[mm.store] = self.regions.pop(mm.store)
         self._release(mm, mm.store)
         if len(self.regions) < _LARGE or 2 * len(self.regions) <= self._most:
             self._release_ended(mm)
             self._most = len(self.regions)
+
+    def restore_ended(self, region: LiveRegion) -> None:
+        """Of a region that was taken in, the store alone is left."""
+        mm = region.model.mm
+        region.closed = True
+        mm.lineage.leave(mm)
+        self.ended[mm.store] = self.regions.pop(mm.store)
+
+    def release_ended(self) -> None:
+        """Give back what nobody needs any more of the stores of ended regions."""
+        for region in [*self.regions.values(), *self.ended.values()][:1]:
+            self._release_ended(region.model.mm)
 
     def make(self, mm: HostMm, copies: list[Copy]) -> None:
         """Make copies that ``mm`` asks for, and take them off the list. Raises OSError where memory is short."""
         while copies:
             copy = copies[0]
             self._put(copy, mm)
+            point()
             forking.copied(mm, copy)
+            if copy.source == mm.store:
+                self._note_heir(copy)
             self.copied += copy.ar.size
             if copy.source not in self.regions:
                 self._punch_unneeded(mm, copy)
                 if not resident(self.backings[copy.source].fd):
                     self._release(mm, copy.source)
             del copies[0]
+
+    def _note_heir(self, copy: Copy) -> None:
+        """Before the page changes, it must be known whose it is now; that of one who fetched it is in its store."""
+        self.regions[copy.target].note(rec.Inherited(self.number, copy.ar, copy.source, copy.target))
 
     def make_or_reclaim(self, mm: HostMm, copies: Iterable[Copy]) -> None:
         """As ``make``; where memory is short, once more after what nobody needs was given back."""
@@ -138,6 +163,8 @@ class Family:
                 self.backings[store].punch(AddrRange.sized(at - mm.ar.start, run.start - at))
             at = max(at, run.end)
         if not needed:
+            over = self.ended.pop(store)
+            over.book.forget(over)
             self.backings.pop(store).close()
         elif at < mm.ar.end:
             self.backings[store].punch(AddrRange.sized(at - mm.ar.start, mm.ar.end - at))

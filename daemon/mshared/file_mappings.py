@@ -19,8 +19,9 @@ import trio
 from mshared import comparing, libc
 from mshared.answers import Caller, Pending
 from mshared.backing import Backing, BackingStore
+from mshared.book import file_is, region_is
 from mshared.changes import Opened, checked_prot, open_file
-from mshared.files import TMPFS_MAGIC, filesystem, let_go
+from mshared.files import TMPFS_MAGIC, filesystem, is_writable, let_go
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from msharefs import protocol
@@ -110,6 +111,11 @@ class FileMappings:
                     raise
                 return str(error)
 
+    def restore(self, live: LiveRegion) -> None:
+        """Have a file's region again that an earlier daemon had."""
+        if live.model.file is not None:
+            self._regions[live.model.file.key] = live
+
     def check(self, live: LiveRegion, request: protocol.Changing) -> None:
         """Refuse what would change a part of a shared mapping, or is not to be had. Raises MshareError."""
         match request:
@@ -172,7 +178,7 @@ class FileMappings:
             if why_not is not None:
                 return why_not
             if file.writable:
-                live.keep_better(file.fd)
+                keep_better(live, file.fd)
         else:
             live = self._make(caller, wanted, file, kind)
         unarmed = not file.writable and (file.memory is not None or live.digests is not None)
@@ -219,6 +225,23 @@ class FileMappings:
                 raise NoMemoryError(f"the file has nothing from offset {wanted.offset:#x} on")
             return self._store.create(model.id, kind, size)
         return Backing.of_file(os.dup(file.fd), kind, wanted.offset)
+
+
+def keep_better(live: LiveRegion, fd: int) -> None:
+    """Keep a copy of a descriptor by which a shared file can be written, if there was none."""
+    if live.shows_own_file:
+        old = live.backing
+        if not is_writable(old.fd):
+            better = Backing.of_file(os.dup(fd), old.kind, old.start)
+            live.backing = live.family.backings[live.model.mm.store] = better
+            live.note(region_is(live))
+            old.close()
+        return
+    for number, file in list(live.files.items()):
+        if not is_writable(file.fd):
+            live.files[number] = file.copy_of(fd)
+            live.note(file_is(live, number))
+            file.close()
 
 
 async def _examined(opened: Opened) -> File:

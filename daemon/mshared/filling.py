@@ -15,8 +15,9 @@ import attrs
 import trio
 
 from mshared import apply, comparing, files, observed
-from mshared.live import LiveAttachment, LiveRegion, Reading
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome
+from mshared.under_way import Reading
 from msharefs.addr import Address, AddrRange, round_up
 from msharefs.effects import Answer, Deliver, Fill, Signal
 from msharefs.perms import PROT_RW

@@ -115,7 +115,7 @@ class MshareFs(pyfuse3.Operations):
         region, part = self._region_of(inode)
         if region is None or part or fields.update_size or fields.update_atime or fields.update_mtime:
             raise pyfuse3.FUSEError(errno.EPERM)
-        self._service.namespace.change_owner(
+        self._service.names.change_owner(
             region,
             mode=stat.S_IMODE(attr.st_mode) & 0o777 if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,

@@ -40,23 +40,32 @@ class Pool:
     How many is written to the file ``note``, so that a daemon that follows one that was killed can give them back.
     """
 
-    def __init__(self, size: int, note: Path) -> None:
-        """Add ``size`` bytes, rounded up to whole pages. Raises NoMemoryError, with the pool as it was."""
+    def __init__(self, size: int, note: Path, *, in_use: bool = False) -> None:
+        """Add ``size`` bytes, rounded up to whole pages. Raises NoMemoryError, with the pool as it was.
+
+        ``in_use``: what a daemon before has added is not given back, at first, but counts.
+        """
         wanted = -(-size // PMD_SIZE)
         self._note = note
         self._added = int(note.read_text()) if note.exists() else 0
-        if self._added:
+        if self._added and not in_use:
             log.warning("giving back %d huge pages, added by a daemon that was killed", self._added)
             self.close()
-        if size > available():
+        had = self._added
+        if had and had >= wanted:
+            return
+        if size - had * PMD_SIZE > available():
             raise NoMemoryError(f"only {format_size(available())} of memory are free; ask for less")
         before = _pages()
         note.write_text(str(wanted))
-        POOL.write_text(str(before + wanted))
-        self._added = _pages() - before
+        POOL.write_text(str(before + wanted - had))
+        self._added = _pages() - before + had
         if self._added < wanted:
             got = format_size(max(0, self._added) * PMD_SIZE)
+            self._added -= had
             self.close()
+            if had:
+                note.write_text(str(had))
             raise NoMemoryError(
                 f"the kernel finds {got} of {format_size(size)} for the pool of huge pages; free memory,"
                 " or reserve the pages when the machine starts (hugepages= on the kernel command line)"

@@ -11,30 +11,32 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
-import attrs
 import trio
 
-from mshared import apply, observed, processes, refusals
+from mshared import apply, observed, processes
+from mshared import records as rec
 from mshared.backing import Backing
+from mshared.book import Book, attachment_is, newly_attached, unsponsored
+from mshared.deaths import Deaths
 from mshared.family import Family
-from mshared.filling import Filling, Waiting
+from mshared.faults import Faults
 from mshared.forks import Forks
-from mshared.live import LiveAttachment, LiveRegion, Staged
+from mshared.killpoints import point
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
 from mshared.sponsors import Sponsors
-from mshared.uffd import Outcome, Uffd, is_userfaultfd
+from mshared.uffd import Uffd, opened
+from mshared.under_way import Staged
 from mshared.writeback import Settling
+from msharefs import protocol
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.effects import Allow, Bring, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
-from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
-from msharefs.fault import Fault, Resolution, handle_fault
+from msharefs.errors import InvalidArgumentError, NotFoundError
 from msharefs.namespace import Namespace
-from msharefs.perms import Access
 from msharefs.region import AttachmentId, Region, RegionId
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,6 @@ log = logging.getLogger(__name__)
 _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
-_ANSWERED_AT_ONCE: Final = (ZeroFill, Allow, FillPattern)
-_STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
 
@@ -54,16 +54,24 @@ class Lifetimes:
     ``uffd_device`` is None where userfaultfds are made by system call.
     """
 
-    def __init__(self, namespace: Namespace, pager: Pager, features: abi.Feature, uffd_device: int | None) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        pager: Pager,
+        features: abi.Feature,
+        uffd_device: int | None,
+        book: Book | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.book = book or Book()
         self._pager = pager
         self._features = features
         self.uffd_device = uffd_device
         self._regions: dict[RegionId, LiveRegion] = {}
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
-        self._pidfds: dict[int, int] = {}
+        self._deaths = Deaths(pager, self._on_death)
         self.forks = Forks(self._on_child_found)
-        self.filling = Filling(self._again)
+        self.faults = Faults(pager, self._attachments)
         self.settling = Settling(self.read_events)
         self.journal = observed.Journal()
         self.sponsors = Sponsors(pager, self._on_sponsor_gone)
@@ -84,9 +92,20 @@ class Lifetimes:
 
     def add_region(self, model: Region, backing: Backing, family: Family | None = None) -> LiveRegion:
         """Take over a new region and its files."""
-        live = LiveRegion(model, backing, self.uffd_device, family or Family(), journal=self.journal)
+        live = LiveRegion(model, backing, self.uffd_device, family or Family(), journal=self.journal, book=self.book)
         self._regions[model.id] = live
         return live
+
+    def restore(self, live: LiveRegion, attachments: Iterable[LiveAttachment]) -> None:
+        """Have a region that an earlier daemon had. What has ended meanwhile is dropped by the pager."""
+        self._regions[live.model.id] = live
+        live.settled.set()
+        for each in attachments:
+            self._add(each)
+            if each.model.pid is None:
+                self.forks.add(each)
+            else:
+                self._on_child_found(each, each.model.pid)
 
     def region(self, model: Region) -> LiveRegion:
         """The files of a region of the namespace."""
@@ -127,37 +146,47 @@ class Lifetimes:
         sigbus: int | None = None,
         staged: Iterable[Staged] = (),
         unarmed: bool = False,
+        unsettled: bool = False,
+        token: str | None = None,
+        uid: int = 0,
     ) -> LiveAttachment:
-        """Arm a new window and count it. Takes the descriptors when it succeeds.
+        """Write a new window down, count it, and arm it. Takes the descriptors when it succeeds.
+
+        ``unsettled``: more is to come before the region is ready. ``token``: it takes that twin.
 
         A region of which parts are ``staged`` is not ready: the window is to be completed, and the region settled.
 
         Raises BadDescriptorError when ``fd`` is no fresh userfaultfd, InvalidArgumentError when window or anchor are
         not mapped in its address space.
         """
-        uffd = self._open(fd, self._features)
-        denier = None if sigbus is None else self._open(sigbus, _SIGBUS_FEATURES)
+        uffd = opened(fd, self._features)
+        denier = None if sigbus is None else opened(sigbus, _SIGBUS_FEATURES)
         was_ready = region.model.ready
         model = self.namespace.attach(region.model, window, pid, readonly=readonly)
         live = LiveAttachment(model, region, uffd, Address(anchor), sigbus=denier, staged=list(staged), unarmed=unarmed)
+        region.model.ready = not (live.staged or unsettled)
+        live.started, live.uid = self._deaths.started(pid), uid
+        reply = protocol.Attached(model.id) if region.model.ready else None
+        self.book.commit(*newly_attached(live, token), reply=reply)
+        self.book.regions[region.model.id] = region
         try:
             if self.fork_events:
                 uffd.mark(AddrRange.sized(anchor, PAGE_SIZE))
             apply.arm_new(live)
-            self._watch_process(pid)
+            self._deaths.watch(pid)
         except OSError as error:
             region.model.ready = was_ready
-            if self.namespace.detach(region.model, model):
+            gone = self.namespace.detach(region.model, model)
+            region.note(rec.AttachmentGone(model.id))
+            if gone:
                 self.forget(region)
             raise InvalidArgumentError(f"the window at {window:#x} cannot be armed: {error.strerror}") from error
         self._add(live)
-        if live.staged:
-            region.model.ready = False
-        else:
+        if region.model.ready:
             region.settled.set()
         return live
 
-    def drop(self, live: LiveAttachment) -> None:
+    def drop(self, live: LiveAttachment, reply: protocol.Reply | None = None) -> None:
         """End a reference. The region goes too when it has no name any more and this was the last.
 
         Not while a change of the region is carried out, which may be what has come upon it: then right after.
@@ -167,6 +196,7 @@ class Lifetimes:
             return
         if self._attachments.pop(live.model.id, None) is None:
             return
+        live.region.note(rec.AttachmentGone(live.model.id), reply=reply)
         live.region.attachments.remove(live)
         self.forks.discard(live)
         self._pager.remove(live.uffd.fd)
@@ -213,40 +243,20 @@ class Lifetimes:
             origin.anchor,
             readonly=model.readonly,
             unarmed=origin.unarmed,
+            uid=origin.uid,
         )
         live.model.forked_from = model.id
+        live.region.note(attachment_is(live))
         return live
-
-    def _open(self, fd: int, features: abi.Feature) -> Uffd:
-        if not is_userfaultfd(fd):
-            raise BadDescriptorError("the descriptor is no userfaultfd; make one with the device that was offered")
-        os.set_blocking(fd, False)
-        uffd = Uffd(fd)
-        try:
-            uffd.open_api(features)
-        except OSError as error:
-            raise BadDescriptorError(f"the userfaultfd cannot be opened ({error.strerror}); send a new one") from error
-        return uffd
 
     def _add(self, live: LiveAttachment) -> None:
         self._attachments[live.model.id] = live
         live.region.attachments.append(live)
         self._pager.add(live.uffd.fd, partial(self._on_messages, live))
 
-    def _watch_process(self, pid: int) -> None:
-        if pid in self._pidfds:
-            return
-        pidfd = processes.pidfd_open(pid)
-        if pidfd is None:
-            raise ProcessLookupError(3, "the process is gone")
-        self._pidfds[pid] = pidfd
-        self._pager.add(pidfd, lambda: self._on_death(pid))
-
     def _unwatch_process(self, pid: int | None) -> None:
-        if pid in self._pidfds and all(a.model.pid != pid for a in self._attachments.values()):
-            pidfd = self._pidfds.pop(pid)
-            self._pager.remove(pidfd)
-            os.close(pidfd)
+        if pid is not None and all(a.model.pid != pid for a in self._attachments.values()):
+            self._deaths.unwatch(pid)
 
     def _on_death(self, pid: int) -> None:
         for live in [a for a in self._attachments.values() if a.model.pid == pid]:
@@ -254,6 +264,7 @@ class Lifetimes:
         self._unwatch_process(pid)
 
     def _on_sponsor_gone(self, region: LiveRegion) -> None:
+        region.note(unsponsored(region))
         if self.namespace.release(region.model):
             self.forget(region)
 
@@ -264,115 +275,21 @@ class Lifetimes:
             event = data[at]
             if event == abi.Event.PAGEFAULT:
                 _, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack_from(data, at)
-                self._on_fault(live, flags, addr, tid, since)
+                self.faults.decide(live, flags, addr, tid, since)
             elif event == abi.Event.FORK:
-                self._on_fork(live, abi.FORK_STRUCT.unpack_from(data, at)[1])
+                self.inherit(live, abi.FORK_STRUCT.unpack_from(data, at)[1])
             elif event == abi.Event.REMAP:
                 self._on_moved(live, *abi.REMAP_STRUCT.unpack_from(data, at)[1:])
-
-    def _on_fault(self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int) -> None:
-        """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
-        region = live.region.model
-        if live.model.id not in self._attachments or addr not in live.model.window:
-            self._on_stray(Waiting(live, flags, addr, tid, since))
-            return
-        if live.region.changing:
-            self._pager.later(lambda: self._on_fault(live, flags, addr, tid, since))
-            return
-        host = Address(addr - live.distance)
-        access = Access.WRITE if flags & _STORE else Access.READ
-        resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP)))
-        if not isinstance(resolution.effect, _ANSWERED_AT_ONCE):
-            self._see_to(Waiting(live, flags, addr, tid, since), resolution)
-            return
-        outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect, access)
-        if outcome is Outcome.SERVED:
-            region.count_served(resolution.vma)
-            observed.served(live, flags, addr, tid, since, type(resolution.effect))
-        elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._on_fault(live, flags, addr, tid, since))
-
-    def _again(self, fault: Waiting) -> None:
-        self._on_fault(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since)
-
-    def _see_to(self, fault: Waiting, resolution: Resolution) -> None:
-        """What takes more than an answer."""
-        effect, vma = resolution.effect, resolution.vma
-        if isinstance(effect, Fill) and vma is not None:
-            fault.attachment.region.model.count_served(vma)
-            self.filling.request(effect, vma, fault)
-        elif isinstance(effect, Deliver):
-            self._refuse(fault, resolution)
-        else:
-            self._copy_first(fault, resolution)
 
     def _on_moved(self, live: LiveAttachment, start: int, to: int, length: int) -> None:
         """A process has moved memory, as armed as it was: to its place in the window, if it was staged."""
         moved = (start, to, length)
         live.staged = [each for each in live.staged if (each.addr, live.guest(each.ar).start, each.ar.size) != moved]
+        live.region.note(attachment_is(live))
 
-    def _on_stray(self, fault: Waiting) -> None:
-        """A touch of what a process has moved out of its window: that is no memory of the region any more."""
-        if fault.attachment.model.id not in self._attachments:
-            return
-        self._refuse(fault, Resolution(Deliver(Signal.SIGBUS, Address(fault.addr))))
-
-    def _refuse(self, fault: Waiting, resolution: Resolution) -> None:
-        """Refuse a fault; a page that is missing and may be loaded can be had."""
-        readable = resolution.vma is not None and Access.READ.allowed_by(resolution.vma.prot)
-        inside = fault.addr in fault.attachment.model.window
-        protected = bool(fault.flags & abi.FLAG_WP) and (readable or not inside)
-        as_load = attrs.evolve(fault, flags=0)
-        bring = partial(self._again, as_load) if readable and not protected else None
-        self._refuse_now(fault, resolution, protected=protected, bring=bring)
-
-    def _refuse_now(
-        self, fault: Waiting, resolution: Resolution, *, protected: bool, bring: Callable[[], None] | None = None
-    ) -> None:
-        live, signal, access = fault.attachment, resolution.signal, observed.access_of(fault.flags)
-        assert signal is not None
-        waiting = bool(live.refused)
-        outcome = refusals.refuse(
-            live, Address(fault.addr), fault.tid, signal, access=access, protected=protected, bring=bring
-        )
-        if live.refused and not waiting:
-            self._take_back_later(live)
-        if outcome is Outcome.SERVED and fault.addr in live.model.window:
-            live.region.model.count_served(resolution.vma)
-            observed.served(live, fault.flags, fault.addr, fault.tid, fault.since, type(resolution.effect))
-        elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._again(fault))
-
-    def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
-        """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""
-        live, region, effect = fault.attachment, fault.attachment.region, resolution.effect
-        copies = effect.copies if isinstance(effect, Preserve) else (effect.copy,) if isinstance(effect, Bring) else ()
-        try:
-            region.family.make_or_reclaim(region.model.mm, copies)
-        except OSError as error:
-            log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
-            refusal = Resolution(Deliver(Signal.SIGBUS, Address(fault.addr)), resolution.vma)
-            protected = isinstance(effect, Preserve)
-            self._refuse_now(fault, refusal, protected=protected)
-            return
-        region.model.breaks += 1
-        if isinstance(effect, Preserve):
-            self._again(fault)
-        else:
-            region.model.count_served(resolution.vma)
-            observed.served(live, fault.flags, fault.addr, fault.tid, fault.since, type(effect))
-            apply.wake(live, live.page_at(fault.addr))
-
-    def _take_back_later(self, live: LiveAttachment) -> None:
-        """Take pages back once the system calls have seen to fail."""
-        if live.model.id not in self._attachments:
-            return
-        refusals.take_back(live, time.monotonic())
-        if live.refused:
-            self._pager.later(lambda: self._take_back_later(live))
-
-    def _on_fork(self, parent: LiveAttachment, fd: int) -> None:
+    def inherit(self, parent: LiveAttachment, fd: int) -> None:
         """A child exists and waits in fork(): it has its parent's windows, armed as they are."""
+        point()
         os.set_blocking(fd, False)
         region = parent.region
         was_ready = region.model.ready
@@ -386,6 +303,7 @@ class Lifetimes:
         region.model.ready = was_ready
         child = LiveAttachment(model, region, Uffd(fd), parent.anchor, parent.model.pid, set(parent.poisoned))
         child.staged, child.uid, child.unarmed = list(parent.staged), parent.uid, parent.unarmed
+        region.note(attachment_is(child))
         self._add(child)
         self.forks.add(child)
         with contextlib.suppress(OSError):
@@ -395,6 +313,9 @@ class Lifetimes:
         """A forked child's process is known now."""
         child.model.pid = pid
         try:
-            self._watch_process(pid)
+            self._deaths.watch(pid)
         except ProcessLookupError:
             self.drop(child)
+            return
+        child.started = self._deaths.started(pid)
+        child.region.note(attachment_is(child))

@@ -6,40 +6,33 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from typing import Final
+from collections.abc import Iterable, Iterator
 
 import attrs
 import trio
 
 from mshared import hugetlb, processes
-from mshared.backing import Backing, punch, resident
+from mshared import records as rec
+from mshared.backing import Backing
+from mshared.book import Book, region_is, set_aside
 from mshared.comparing import Digests
 from mshared.family import Family
-from mshared.files import MappedFile, is_writable
+from mshared.files import MappedFile
 from mshared.filler import Filler
+from mshared.killpoints import point
 from mshared.observed import Journal, Trace
+from mshared.sparse import punch, resident
 from mshared.uffd import Uffd
+from mshared.under_way import Reading, Staged, Unwritten
+from msharefs import protocol
 from msharefs.addr import PMD_SIZE, Address, AddrRange, united
 from msharefs.armings import cut
 from msharefs.effects import Arm
 from msharefs.perms import PROT_RW
-from msharefs.readahead import Readahead
-from msharefs.region import Attachment, BackingKind, Region, Unshared
+from msharefs.region import Attachment, BackingKind, Region
 from msharefs.vma import Arming, FileId, Vma
 
 log = logging.getLogger(__name__)
-
-_STORES_SEEN: Final = Arming.WP | Arming.WP_CLEAN
-
-
-@attrs.frozen
-class Staged:
-    """The host range ``ar`` stands at ``addr`` in an address space, until it is moved to its place in the window."""
-
-    ar: AddrRange
-    addr: Address
 
 
 @attrs.define(eq=False)
@@ -50,7 +43,8 @@ class LiveAttachment:
     the userfaultfd ``sigbus`` has for the moment, to the same end, and until when on the monotonic clock. ``refusals``
     counts touches that were not allowed. ``distance`` is how far above the region's own addresses the window stands.
     ``uid`` is who attached. ``unarmed``: its window is a shared mapping that cannot write, of memory that is all there:
-    nothing needs to be reported of it, and the kernel would report nothing.
+    nothing needs to be reported of it, and the kernel would report nothing. ``started`` tells its process from a later
+    one with the same pid.
     """
 
     model: Attachment
@@ -65,6 +59,7 @@ class LiveAttachment:
     staged: list[Staged] = attrs.Factory(list)
     uid: int = 0
     unarmed: bool = False
+    started: int | None = None
     distance: int = attrs.field(init=False)
 
     @distance.default
@@ -118,27 +113,6 @@ class LiveAttachment:
         return f"region {self.region.model.title or self.region.model.id} pid {self.model.pid}"
 
 
-@attrs.define
-class Reading:
-    """What is being read of mapped files off the loop, as host ranges.
-
-    A file whose filesystem does not answer holds the threads that ``limiter`` allows this region, and no other's.
-    """
-
-    under_way: list[AddrRange] = attrs.Factory(list)
-    readahead: Readahead = attrs.Factory(Readahead)
-    limiter: trio.CapacityLimiter = attrs.Factory(lambda: trio.CapacityLimiter(4))
-
-
-@attrs.frozen
-class Unwritten:
-    """Bytes for a file, whose descriptor it owns, from ``offset`` on, as far as the file reaches."""
-
-    fd: int
-    offset: int
-    data: bytes
-
-
 @attrs.define(eq=False)
 class LiveRegion:
     """A region and its files: those of its memory, and in ``files`` those that are mapped into it.
@@ -152,7 +126,12 @@ class LiveRegion:
     change has left to be written to files; ``written`` is not set while the files of a region that nobody is attached
     to are brought up to date. ``family`` are its forks, and those that it is a fork of.
     ``digests`` are of pages whose stores are not reported: see ``mshared.comparing``.
-    ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them.
+    ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them. ``sponsor`` is a pidfd of
+    the process that keeps it, if one does.
+
+    ``book`` is where it is written down, once somebody is attached: before that nobody but its creator knows of it.
+    ``change`` is one for which memory is still to be moved, and ``steps`` how often it was. ``writing`` is what files
+    are just being brought up to date with.
     """
 
     model: Region
@@ -173,16 +152,22 @@ class LiveRegion:
     ended: bool = False
     unwritten: list[Unwritten] = attrs.Factory(list)
     written: trio.Event = attrs.Factory(trio.Event)
+    book: Book = attrs.Factory(Book)
+    change: rec.Begun | None = None
+    steps: int = 0
+    writing: list[AddrRange] = attrs.Factory(list)
     reading: Reading = attrs.Factory(Reading)
     poisoned: set[AddrRange] = attrs.Factory(set)
     journal: Journal = attrs.Factory(Journal)
     trace: Trace | None = None
+    sponsor: int | None = None
     _refreshed: tuple[int, int] | None = None
     """Changes of the tables, and bytes of the backing, when the tables were brought up to date."""
     digests: Digests | None = None
     _stash: int | None = None
     _filler: Filler | None = None
     _file_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
+    _piece_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
 
     def __attrs_post_init__(self) -> None:
         """There is nothing to write yet. Of a fork, the machine's page tables are counted when there is time."""
@@ -206,20 +191,6 @@ class LiveRegion:
     def shows_own_file(self) -> bool:
         """Whether its memory is a file of its users, which the daemon must not change."""
         return self.model.file is not None and self.model.file.resident
-
-    def keep_better(self, fd: int) -> None:
-        """Keep a copy of a descriptor by which a shared file can be written, if there was none."""
-        if self.shows_own_file:
-            old = self.backing
-            if not is_writable(old.fd):
-                better = Backing.of_file(os.dup(fd), old.kind, old.start)
-                self.backing = self.family.backings[self.model.mm.store] = better
-                old.close()
-            return
-        for number, file in list(self.files.items()):
-            if not is_writable(file.fd):
-                self.files[number] = file.copy_of(fd)
-                file.close()
 
     def filler(self) -> Filler:
         """What puts single pages into the backing; made when first needed."""
@@ -273,6 +244,12 @@ class LiveRegion:
             for at in range(0, len(data), size):
                 self.filler().copy(offset + at, data[at : at + size])
 
+    def empty_all(self, parts: Iterable[AddrRange]) -> None:
+        """The same for several ranges."""
+        for part in parts:
+            self.empty(part)
+            point()
+
     def put_new_of(self, source: Backing, piece: AddrRange) -> None:
         """Put what another backing has in a range of offsets into this one; what is there stays."""
         if piece.size == PMD_SIZE and self.filler().take(piece, source.fd):
@@ -285,6 +262,33 @@ class LiveRegion:
         self.files[number] = MappedFile(fd, magic)
         return number
 
+    def restore_file(self, number: FileId, fd: int, magic: int) -> None:
+        """Have a file again that was mapped before."""
+        self.files[number] = MappedFile(fd, magic)
+        self._file_ids = itertools.count(max(self.files) + 1)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the next daemon will know of it."""
+        return self.model.id in self.book.regions
+
+    def note(self, *records: rec.Record, reply: protocol.Reply | None = None) -> None:
+        """Write something down about this region, if anybody knows of it."""
+        if self.recorded and not self.closed:
+            self.book.commit(*records, reply=reply)
+
+    def set_aside(self, file: FileId, offset: int, data: bytes) -> rec.SetAside:
+        """Keep bytes that are to be written to a file, whatever becomes of its mapping; the record of it."""
+        copy = self.files[file].copy_of(self.files[file].fd)
+        piece = Unwritten(next(self._piece_ids), copy.fd, offset, data, copy.magic)
+        self.unwritten.append(piece)
+        return set_aside(self, piece)
+
+    def restore_aside(self, piece: Unwritten) -> None:
+        """Have such bytes again."""
+        self.unwritten.append(piece)
+        self._piece_ids = itertools.count(piece.number + 1)
+
     def inherit_files(self, origin: LiveRegion) -> None:
         """Have descriptors of one's own of the files that are mapped into another region, by the same numbers."""
         for number, file in origin.files.items():
@@ -294,22 +298,8 @@ class LiveRegion:
     def drop_unused_files(self) -> None:
         """Close the files that no mapping shows any more."""
         for number in self.files.keys() - self.model.mm.files():
+            self.note(rec.FileGone(self.model.id, number))
             self.files.pop(number).close()
-
-    def note_arming(self, effect: Arm) -> None:
-        """Tables of memory that is write-protected in one process are its own from then on (hugetlb_unshare_pmds)."""
-        if not effect.arming & _STORES_SEEN or self.backing.kind is not BackingKind.HUGETLB:
-            return
-        if self.model.unshared is None:
-            why = f"stores to {effect.ar} have to be seen (read-only memory, a shared file, or a reference page)"
-            self.model.unshared = Unshared(datetime.now(UTC).isoformat(timespec="seconds"), why)
-        for attachment in self.model.attachments.values():
-            attachment.own_tables |= not attachment.readonly
-
-    def note_sharing(self) -> None:
-        """Windows that come when no store has to be seen any more share tables again."""
-        if self.model.unshared is not None and not any(arming & _STORES_SEEN for _, arming in self.model.mm.armings()):
-            self.model.unshared = None
 
     def held(self, ar: AddrRange) -> list[AddrRange]:
         """Where the backing holds data in a range of offsets, in order."""
@@ -376,13 +366,28 @@ class LiveRegion:
         if self._stash is None:
             self._stash = os.memfd_create(f"msharefs-stash-{self.model.id}", os.MFD_CLOEXEC)
             os.ftruncate(self._stash, self.model.ar.size)
+            self.note(region_is(self))
         return self._stash
+
+    @property
+    def stash_fd(self) -> int | None:
+        """The same, if it was made."""
+        return self._stash
+
+    def restore_stash(self, fd: int) -> None:
+        """Have it again."""
+        self._stash = fd
 
     def close(self) -> None:
         """Close the files. Preconditions: nobody is attached."""
         self.closed = True
         self.gone.set()
         self.journal.ended(self.model)
+        stash, self._stash = self._stash, None
+        if self.recorded:
+            self.book.commit(region_is(self))  # Before the number of any descriptor stands for something else.
+        if stash is not None:
+            os.close(stash)
         for file in self.files.values():
             file.close()
         self.files.clear()
@@ -390,6 +395,3 @@ class LiveRegion:
             self._filler.close()
             self._filler = None
         self.family.leave(self)
-        if self._stash is not None:
-            os.close(self._stash)
-            self._stash = None

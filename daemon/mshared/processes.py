@@ -70,6 +70,23 @@ def mapping_sizes(pid: int, starts: set[Address]) -> dict[Address, int]:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended."""
+    state = status_fields(_PROC / str(pid)).get("State", "X")
+    return state[:1] not in "ZX"
+
+
+def mapped_inode(pid: int, start: Address) -> int | None:
+    """The inode of the file that a process's mapping at ``start`` shows; None when nothing starts there."""
+    try:
+        maps = (_PROC / str(pid) / "maps").read_bytes()
+    except OSError:
+        return None
+    prefix = b"%08x-" % start
+    line = next((line for line in maps.splitlines() if line.startswith(prefix)), None)
+    return int(line.split()[4]) if line is not None else None
+
+
 def page_table_bytes(pid: int) -> int:
     """VmPTE: bytes of page tables the kernel keeps for a process; 0 when it is gone."""
     kilobytes = status_fields(_PROC / str(pid)).get("VmPTE", "0 kB")
@@ -173,3 +190,12 @@ def pidfd_open(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+
+
+def start_time(pid: int) -> int | None:
+    """When a process was started, in ticks since boot: tells it from a later one of the same pid. None: it is gone."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])

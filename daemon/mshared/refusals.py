@@ -27,6 +27,7 @@ from typing import Final
 import trio
 
 from mshared import comparing, files, forks, processes
+from mshared import records as rec
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import Outcome, Uffd, attempt, insist
 from msharefs import clean_pages
@@ -99,6 +100,7 @@ def take_back(attachment: LiveAttachment, now: float = math.inf) -> None:
         if attachment.sigbus is not None:
             _hand_over(attachment, page, attachment.sigbus, attachment.uffd, arming | Arming.WP)
         del attachment.refused[start]
+        attachment.region.note(rec.Refused(attachment.model.id, start, on=False))
 
 
 def unpoison(attachment: LiveAttachment, read_events: Callable[[], None]) -> None:
@@ -113,6 +115,7 @@ def unpoison(attachment: LiveAttachment, read_events: Callable[[], None]) -> Non
             _show(attachment, page, read_events)
             attachment.poisoned.discard(start)
             attachment.region.model.mm.storable.note(host)
+            attachment.region.note(rec.Poisoned(attachment.model.id, start, on=False))
 
 
 def unpoison_shared(region: LiveRegion) -> None:
@@ -125,6 +128,7 @@ def unpoison_shared(region: LiveRegion) -> None:
             region.backing.punch(page.moved(-region.model.ar.start))
             region.poisoned.discard(page)
             region.model.mm.storable.note(page)
+            region.note(rec.PoisonedForAll(region.model.id, page, on=False))
 
 
 async def refill(region: LiveRegion, ar: AddrRange, read_events: Callable[[], None]) -> None:
@@ -237,8 +241,10 @@ def _poison(attachment: LiveAttachment, page: AddrRange) -> Outcome:
         return _wake_only(attachment, page)
     if outcome is Outcome.SERVED and attachment.region.model.backing is BackingKind.HUGETLB:
         attachment.region.poisoned.add(attachment.host(page))
+        attachment.region.note(rec.PoisonedForAll(attachment.region.model.id, attachment.host(page), on=True))
     elif outcome is Outcome.SERVED:
         attachment.poisoned.add(page.start)
+        attachment.region.note(rec.Poisoned(attachment.model.id, page.start, on=True))
     return outcome
 
 
@@ -250,6 +256,7 @@ def _refuse_store(attachment: LiveAttachment, pid: int, page: AddrRange) -> Outc
     if attachment.model.window.covers(page) and not _came(attachment, page):
         return _wake_only(attachment, page)  # A load would have the kernel make the page.
     attachment.refused[page.start] = time.monotonic() + REFUSAL_TIME
+    attachment.region.note(rec.Refused(attachment.model.id, page.start, on=True))
     _hand_over(attachment, page, attachment.uffd, attachment.sigbus, Arming.WP)
     return attempt(attachment, partial(attachment.uffd.wake, page))
 

@@ -11,6 +11,8 @@ from typing import Final
 import trio
 
 from mshared import apply
+from mshared import records as rec
+from mshared.book import region_is
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from msharefs import forking
@@ -39,7 +41,9 @@ class Relaxing:
         alone = {region for region in self._lifetimes.regions() if _is_alone(region)}
         for region in alone & self._alone:
             log.debug("region %s: alone again, its memory is native", region.model.name)
-            apply.carry_out(region, forking.relax(region.model.mm), self._lifetimes.read_events)
+            effects = forking.relax(region.model.mm)
+            noted = region_is(region), rec.Refers(region.model.id, ())
+            apply.carry_out(region, effects, self._lifetimes.read_events, *noted)
         self._alone = alone
 
 

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 import attrs
 import trio
 
-from mshared import apply, donations
+from mshared import apply, book, donations
 from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore
+from mshared.book import region_is
 from mshared.changes import Changes, Opened
 from mshared.file_mappings import FileMappings
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.names import Names
 from mshared.snapshots import Snapshots, Wish
 from mshared.tickets import Ticket, read_ticket
 from mshared.views import Views
@@ -67,8 +69,10 @@ class Service:
         self.default_backing = default_backing
         self._changes = changes
         self.snapshots = Snapshots(namespace, lifetimes, store)
+        self.book = lifetimes.book
         self.views = Views(namespace, lifetimes, notes)
-        self._files = FileMappings(namespace, lifetimes, store, self._backing_kind, self.snapshots.end)
+        self.names = Names(namespace, lifetimes, self._by_ticket)
+        self.files = FileMappings(namespace, lifetimes, store, self._backing_kind, self.snapshots.end)
 
     def create(
         self, caller: Caller, request: protocol.Create, files: list[Opened], sponsor: list[int] | None = None
@@ -132,7 +136,7 @@ class Service:
 
     async def map_file(self, caller: Caller, request: protocol.MapFile, fd: int) -> tuple[Answer, Pending | None]:
         """Offer a window on what processes share of a file, or say why it is to be mapped as any file is."""
-        found = await self._files.map(caller, request, fd)
+        found = await self.files.map(caller, request, fd)
         if isinstance(found, str):
             return Answer(protocol.Ordinary(found)), None
         live, pending = found
@@ -149,6 +153,7 @@ class Service:
             raise NotFoundError("the region is gone; it was removed in the meantime")
         if pending.creator and region.attachments:
             raise InvalidArgumentError("the window of this offer stands already")
+        self.book.check_room()
         live = self.lifetimes.attach(
             region,
             request.addr,
@@ -158,18 +163,25 @@ class Service:
             readonly=pending.readonly,
             sigbus=fds[1] if len(fds) > 1 else None,
             staged=donations.stage(region.model, pending.donated, request.staged),
+            unsettled=bool(pending.donated),
+            token=pending.token,
             unarmed=pending.unarmed,
+            uid=caller.who.uid,
         )
-        live.uid = caller.who.uid
-        self._files.attached(region, readonly=pending.readonly)
+        self.files.attached(region, readonly=pending.readonly)
         fds.clear()
-        try:
-            for effects in donations.settling(region.model, pending.donated):
-                self._change(live, effects)
-        except MshareError:
-            region.model.ready = False  # The creator gives up, and then the region never was.
-            raise
-        return Answer(protocol.Attached(live.model.id))
+        reply = protocol.Attached(live.model.id)
+        for effects in donations.settling(region.model, pending.donated):
+            self._change(live, effects)
+        if pending.donated and not live.staged:
+            self._let_in(region, reply)
+        return Answer(reply)
+
+    def _let_in(self, region: LiveRegion, reply: protocol.Reply) -> None:
+        """Nothing more is to come before others may attach."""
+        region.model.ready = True
+        region.note(region_is(region), reply=reply)
+        region.settled.set()
 
     def settled(self, caller: Caller, pending: Pending) -> Answer:
         """Let others in: the creator has moved to its place what was staged."""
@@ -180,8 +192,7 @@ class Service:
         staged = sum(len(window.staged) for window in windows)
         if not windows or staged:
             raise InvalidArgumentError(f"{len(windows)} windows of this offer stand, and {staged} mappings are staged")
-        region.model.ready = True
-        region.settled.set()
+        self._let_in(region, protocol.Done())
         return Answer(protocol.Done())
 
     def give_up(self, pending: Pending) -> None:
@@ -210,35 +221,13 @@ class Service:
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
         """End one reference of the caller's own. The last one has files hold every store first."""
         live = self._own(caller, request.attachment)
-        self.lifetimes.drop(live)
+        self.lifetimes.drop(live, protocol.Done())
         return Answer(protocol.Done(), after=live.region.written)
-
-    def unlink(self, caller: Caller, request: protocol.Unlink, ticket: Ticket | None) -> Answer:
-        """End the caller's access; the last one ends the region."""
-        region = self._find_ready(request.name)
-        may_write = ticket is not None and ticket.writable and self._by_ticket(ticket).model is region
-        self.lifetimes.sweep(self.lifetimes.region(region).attachments)
-        self.lifetimes.forks.look()
-        self.namespace.check_unlink(region, caller.pid, may_write=may_write)
-        live = self.lifetimes.region(region)
-        for attachment in self.lifetimes.of_process(region, caller.pid):
-            self.lifetimes.drop(attachment)
-        if self.namespace.unlink(region, may_write=may_write):
-            self.lifetimes.forget(live)
-        return Answer(protocol.Done(), after=live.written)
-
-    def remove(self, caller: Caller, request: protocol.Remove) -> Answer:
-        """Take a name away at once; the memory goes with its last attachment."""
-        region = self._find_ready(request.name)
-        live = self.lifetimes.region(region)
-        self.lifetimes.sweep(live.attachments)
-        if self.namespace.remove(region, caller.who):
-            self.lifetimes.forget(live)
-        return Answer(protocol.Done())
 
     async def change(self, caller: Caller, request: protocol.Changing, file: int | None) -> Answer:
         """Change what is mapped inside the region of one of the caller's attachments, for everybody."""
         live = self._own(caller, request.attachment)
+        self.book.check_room()
         region = live.region
         try:
             async with region.lock:
@@ -254,7 +243,7 @@ class Service:
 
     async def _change_locked(self, live: LiveAttachment, request: protocol.Changing, file: int | None) -> Answer:
         if live.region.model.file is not None:
-            self._files.check(live.region, request)
+            self.files.check(live.region, request)
         match request:
             case protocol.Mmap():
                 return Answer(await self._changes.mmap(live, request, file))
@@ -264,6 +253,7 @@ class Service:
                 await self._changes.mprotect(live, request)
                 if live.region.model.file is not None:
                     live.region.model.file.mode = Prot(request.prot)
+                    live.region.note(region_is(live.region))
             case protocol.Madvise():
                 await self._changes.madvise(live, request)
             case protocol.Msync():
@@ -273,6 +263,7 @@ class Service:
     async def snapshot(self, caller: Caller, request: protocol.Snapshot) -> tuple[Answer, list[str]]:
         """Make private twins for a child of the caller's; their tokens."""
         windows = [self._forkable(caller, number) for number in request.attachments]
+        self.book.check_room()
         tokens = await self.snapshots.for_child(windows, caller.who)
         return Answer(protocol.Snapshots(tuple(tokens))), tokens
 
@@ -288,7 +279,7 @@ class Service:
         except MshareError:
             self.snapshots.end(untaken.twin)
             raise
-        pending = Pending(untaken.twin, untaken.readonly, creator=False)
+        pending = Pending(untaken.twin, untaken.readonly, creator=False, token=request.token)
         return self._offer(untaken.twin, request.addr, readonly=untaken.readonly), pending
 
     async def fork(self, caller: Caller, request: protocol.Fork) -> Answer:
@@ -298,10 +289,11 @@ class Service:
         whoever makes one must be trusted with the region's contents already: may write it, or own it.
         """
         live = self._forkable(caller, request.attachment)
+        self.book.check_room()
         origin = live.region
         if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
-        await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who)
+        await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who, protocol.Done())
         return Answer(protocol.Done())
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
@@ -327,12 +319,6 @@ class Service:
             return self.namespace.find(name)
         except NotFoundError:
             return None
-
-    def _find_ready(self, name: str) -> Region:
-        region = self.namespace.find(name)
-        if not region.ready:
-            raise NotFoundError(f"region {name!r} is still being made")
-        return region
 
     def _by_ticket(self, ticket: Ticket) -> LiveRegion:
         number, part = divmod(ticket.inode, INODES_A_REGION)
@@ -382,7 +368,7 @@ class Service:
     def _change(self, live: LiveAttachment, effects: list[Change]) -> None:
         """Carry out a change of the attached region; running out of memory ends the attachment, not the daemon."""
         try:
-            apply.carry_out(live.region, effects, self.lifetimes.read_events)
+            apply.carry_out(live.region, effects, self.lifetimes.read_events, book.mapped(live.region))
         except OSError as error:
             self.lifetimes.drop(live)
             raise NoSpaceError(f"no memory for the change: {error.strerror}") from error

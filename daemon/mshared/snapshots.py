@@ -10,18 +10,21 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
 import trio
 
-from mshared import apply, backing, processes
+from mshared import apply, processes, sparse
+from mshared import records as rec
 from mshared.backing import BackingStore
+from mshared.book import everything_of, region_is
+from mshared.killpoints import point
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.writeback import flush, write_out
-from msharefs import forking
+from msharefs import forking, protocol
 from msharefs.errors import NoMemoryError, NotFoundError
 from msharefs.namespace import Namespace
 from msharefs.perms import PROT_RW, Credentials
@@ -50,6 +53,8 @@ class Untaken:
     twin: LiveRegion
     readonly: bool
     who: Credentials
+    maker: int
+    started: int | None
 
 
 class Snapshots:
@@ -74,11 +79,43 @@ class Snapshots:
 
     async def for_child(self, windows: Sequence[LiveAttachment], who: Credentials) -> list[str]:
         """Private twins of the regions behind some windows, of one instant; a token for each."""
-        twins = await self.fork([Wish(window.region, None, 0) for window in windows], who)
-        tokens = [secrets.token_hex(16) for _ in twins]
-        for token, twin, window in zip(tokens, twins, windows, strict=True):
-            self._untaken[token] = Untaken(twin, window.model.readonly, who)
+        tokens = [secrets.token_hex(16) for _ in windows]
+
+        def untaken(twins: list[LiveRegion]) -> list[rec.Record]:
+            for token, twin, window in zip(tokens, twins, windows, strict=True):
+                pid = window.model.pid or 0
+                self._untaken[token] = Untaken(twin, window.model.readonly, who, pid, window.started)
+            return [self._record_of(token) for token in tokens]
+
+        wishes = [Wish(window.region, None, 0) for window in windows]
+        await self.fork(wishes, who, protocol.Snapshots(tuple(tokens)), untaken)
         return tokens
+
+    def restore(self, token: str, untaken: Untaken) -> None:
+        """Have a twin again that an earlier daemon has made."""
+        self._untaken[token] = untaken
+
+    def records(self) -> list[rec.Record]:
+        """All that wait for their child."""
+        return [self._record_of(token) for token in self._untaken]
+
+    def _record_of(self, token: str) -> rec.UntakenIs:
+        found = self._untaken[token]
+        who = found.who
+        return rec.UntakenIs(
+            token,
+            found.twin.model.id,
+            found.readonly,
+            who.uid,
+            who.gid,
+            tuple(sorted(who.groups)),
+            found.maker,
+            found.started,
+        )
+
+    def made_by(self, pid: int) -> set[str]:
+        """Tokens of twins that a process has asked for and that nobody has taken."""
+        return {token for token, untaken in self._untaken.items() if untaken.maker == pid}
 
     def take(self, token: str, who: Credentials) -> Untaken:
         """Hand a twin over, once. Raises NotFoundError."""
@@ -92,7 +129,14 @@ class Snapshots:
         for token in tokens:
             found = self._untaken.pop(token, None)
             if found is not None:
+                found.twin.book.commit(rec.UntakenGone(token))
                 self.end(found.twin)
+
+    def forget_orphans(self) -> None:
+        """Let twins go that an earlier daemon made for processes that have ended since."""
+        for token, untaken in list(self._untaken.items()):
+            if processes.start_time(untaken.maker) != untaken.started:
+                self.forget([token])
 
     def end(self, twin: LiveRegion) -> None:
         """Let a twin go that has neither name nor window."""
@@ -100,8 +144,17 @@ class Snapshots:
             self._namespace.abandon(twin.model)
             self._lifetimes.forget(twin)
 
-    async def fork(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
-        """The twins, of one instant for all. Raises MshareError with none made."""
+    async def fork(
+        self,
+        wishes: Sequence[Wish],
+        who: Credentials,
+        reply: protocol.Reply | None = None,
+        made: Callable[[list[LiveRegion]], list[rec.Record]] = lambda _: [],
+    ) -> list[LiveRegion]:
+        """The twins, of one instant for all. Raises MshareError with none made.
+
+        ``reply`` is what the client is told, ``made`` is called with the twins for what is to be written down of them.
+        """
         origins = sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id)
         try:
             with contextlib.ExitStack() as stack:
@@ -112,7 +165,7 @@ class Snapshots:
                     self._check(wish, who)
                     if wish.origin.files:
                         await flush(wish.origin, wish.origin.model.ar, self._lifetimes.read_events)
-                twins = self._fork_now(wishes, who)
+                twins = self._fork_now(wishes, who, reply, made)
                 for origin in origins:
                     if origin.unwritten:
                         with trio.CancelScope(shield=True):
@@ -128,9 +181,16 @@ class Snapshots:
             raise NotFoundError("the region is gone")
         self._namespace.check_fork(wish.origin.model, wish.name, wish.mode, who)
 
-    def _fork_now(self, wishes: Sequence[Wish], who: Credentials) -> list[LiveRegion]:
+    def _fork_now(
+        self,
+        wishes: Sequence[Wish],
+        who: Credentials,
+        reply: protocol.Reply | None,
+        made: Callable[[list[LiveRegion]], list[rec.Record]],
+    ) -> list[LiveRegion]:
         """Everything between two awaits."""
         twins: list[LiveRegion] = []
+        noted: list[rec.Record] = []
         with _still([region for wish in wishes for region in wish.origin.family.regions.values()]):
             try:
                 for origin in dict.fromkeys(wish.origin for wish in wishes):
@@ -138,13 +198,25 @@ class Snapshots:
                 for wish in wishes:
                     if len(wishes) > 1 or wish.origin.files:  # Meanwhile, or for the one before, names were taken.
                         self._check(wish, who)
-                    twins.append(self._twin(wish, who))
+                    twin, forked = self._twin(wish, who)
+                    twins.append(twin)
+                    noted += [*everything_of(twin, refers=False), forked]
+                point()
+                self._write_down(wishes, noted + made(twins), reply)
             except BaseException:
                 for twin in twins:
                     self._namespace.abandon(twin.model)
                     self._lifetimes.forget(twin)
                 raise
+        for twin in twins:
+            self._lifetimes.book.regions[twin.model.id] = twin
         return twins
+
+    def _write_down(self, wishes: Sequence[Wish], noted: list[rec.Record], reply: protocol.Reply | None) -> None:
+        """From now on the twins are there, and their relatives are as they must be for that."""
+        families = {wish.origin.family.number: wish.origin.family for wish in wishes}
+        relatives = [each for family in families.values() for each in family.regions.values() if each.recorded]
+        self._lifetimes.book.commit(*map(region_is, relatives), *noted, reply=reply)
 
     def _shield(self, origin: LiveRegion) -> None:
         """Have every store to a region seen, and to its relatives, which may come to hold what others refer to."""
@@ -155,7 +227,7 @@ class Snapshots:
                 if effects:
                     apply.carry_out(region, effects, self._lifetimes.read_events)
 
-    def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
+    def _twin(self, wish: Wish, who: Credentials) -> tuple[LiveRegion, rec.Forked]:
         origin = wish.origin
         origin.refresh_tables()
         mm = forking.fork(origin.model.mm)
@@ -176,7 +248,7 @@ class Snapshots:
             self._namespace.abandon(model)
             self._lifetimes.forget(twin)
             raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
-        return twin
+        return twin, rec.Forked(model.id, origin.model.id, tuple(forking.own_pages(origin.model.mm)))
 
 
 async def _acquire(lock: trio.Lock) -> None:
@@ -206,5 +278,5 @@ def _copy_hidden(origin: LiveRegion, twin: LiveRegion) -> None:
         if vma.prot & PROT_RW or vma.reaches_file:
             continue
         inside = vma.ar.moved(-origin.model.ar.start)
-        for part in backing.held(origin.stash(), inside, BackingKind.SMALL, None):
-            backing.copy(origin.stash(), part, backing.write_to(twin.stash()))
+        for part in sparse.held(origin.stash(), inside, BackingKind.SMALL, None):
+            sparse.copy(origin.stash(), part, sparse.write_to(twin.stash()))

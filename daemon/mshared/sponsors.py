@@ -26,12 +26,12 @@ class Sponsors:
         """
         if len(pidfd) != 1 or not is_pidfd(pidfd[0]):
             raise BadDescriptorError("the process that keeps a region is told by its pidfd; see pidfd_open(2)")
-        fd = self._pidfds[region] = pidfd.pop()
+        fd = self._pidfds[region] = region.sponsor = pidfd.pop()
         self._pager.add(fd, lambda: self._on_end(region))
 
     def discard(self, region: LiveRegion) -> None:
         """Watch no longer."""
-        fd = self._pidfds.pop(region, None)
+        fd, region.sponsor = self._pidfds.pop(region, None), None
         if fd is not None:
             self._pager.remove(fd)
             os.close(fd)

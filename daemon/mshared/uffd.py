@@ -19,7 +19,7 @@ from typing import Final
 from mshared import libc
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
-from msharefs.errors import InternalError
+from msharefs.errors import BadDescriptorError, InternalError
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
@@ -290,6 +290,19 @@ def new(device: int | None) -> Uffd:
         return Uffd(fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK))
     flags = os.O_CLOEXEC | os.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
     return Uffd(libc.syscall(abi.SYS_USERFAULTFD, flags))
+
+
+def opened(fd: int, features: abi.Feature) -> Uffd:
+    """The userfaultfd that somebody sent, ready to be used. Raises BadDescriptorError unless it is a fresh one."""
+    if not is_userfaultfd(fd):
+        raise BadDescriptorError("the descriptor is no userfaultfd; make one with the device that was offered")
+    os.set_blocking(fd, False)
+    uffd = Uffd(fd)
+    try:
+        uffd.open_api(features)
+    except OSError as error:
+        raise BadDescriptorError(f"the userfaultfd cannot be opened ({error.strerror}); send a new one") from error
+    return uffd
 
 
 def is_userfaultfd(fd: int) -> bool:

@@ -20,8 +20,10 @@ from typing import Final
 import trio
 
 from mshared import apply
+from mshared import records as rec
+from mshared.book import dirty
 from mshared.comparing import write_changed, write_changed_now
-from mshared.files import write_within
+from mshared.files import let_go, write_within
 from mshared.lasting import lasting
 from mshared.live import LiveRegion
 from msharefs.addr import AddrRange
@@ -47,6 +49,7 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
     runs = [effect for effect in effects if isinstance(effect, WriteBack)]
     if not runs:
         return
+    region.writing += [run.ar for run in runs]
     with _duplicates(region, {run.file for run in runs}) as (memory, files):
         try:
             while runs:
@@ -59,12 +62,16 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
         finally:
             for run in runs:
                 region.model.mm.stored_to(run.ar)
+            region.writing.clear()
+            if inside is not None:
+                region.note(dirty(region, inside))
 
 
 async def write_out(region: LiveRegion) -> None:
     """Write what a change has set aside. Preconditions: the region's lock is held."""
     while region.unwritten:
         await trio.to_thread.run_sync(_write_one, region, limiter=region.reading.limiter)
+        _forget_one(region)
 
 
 class Settling:
@@ -118,6 +125,7 @@ class Settling:
                     apply.carry_out(region, region.model.mm.write_back(region.model.ar), self._read_events)
                     while region.unwritten:
                         _write_one(region)
+                        _forget_one(region)
                     try:
                         write_changed_now(region)
                     except OSError as error:
@@ -168,9 +176,13 @@ def _write_one(region: LiveRegion) -> None:
         write_within(piece.fd, piece.data, piece.offset)
     except OSError as error:
         _log_lost(region, str(error.strerror))
-    with contextlib.suppress(OSError):  # Which it may, where a FUSE server is gone: it is closed all the same.
-        os.close(piece.fd)
-    del region.unwritten[0]
+
+
+def _forget_one(region: LiveRegion) -> None:
+    """That piece has reached its file, or never will."""
+    piece = region.unwritten.pop(0)
+    region.note(rec.Written(region.model.id, piece.number))
+    let_go(piece.fd, piece.magic)
 
 
 def _log_lost(region: LiveRegion, why: str) -> None:

@@ -151,7 +151,7 @@ def left_over(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     return lambda: [m.start for ends in made for m in sc.own_mappings(*ends) if not (m.prot or m.inode)]
 
 
-Reply = protocol.Message | bytes | tuple[protocol.Message | bytes, list[int]] | None
+Reply = protocol.Message | bytes | tuple[protocol.Message | bytes, list[int]] | list[protocol.Message] | None
 Handler = Callable[[Any, list[int]], Reply]
 
 
@@ -159,7 +159,7 @@ class FakeDaemon:
     """A socket that answers as the test says, and a directory that stands in for the mount.
 
     ``on[Kind]`` answers requests of that kind, given the message and its descriptors (closed afterwards): with a reply
-    or a whole packet, descriptors beside it or not; None hangs up. ``heard`` is what came, hello included.
+    or a whole packet, descriptors beside it or not, or several; None hangs up. ``heard`` is what came, hello included.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -227,6 +227,10 @@ class FakeDaemon:
             os.close(fd)
         if reply is None:
             return False
+        if isinstance(reply, list):
+            for each in reply:
+                sock.send(protocol.encode(each))
+            return True
         reply, fds = reply if isinstance(reply, tuple) else (reply, [])
         socket.send_fds(sock, [reply if isinstance(reply, bytes) else protocol.encode(reply, len(fds))], fds)
         return True

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import logging
 import os
 import resource
 import socket
-import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +16,12 @@ import pytest
 pytest.importorskip("pyfuse3", reason="pyfuse3 is not installed: scripts/setup installs it")
 
 from mshared import app, mounts, uffd
-from mshared.app import Config, StartError
+from mshared.app import Config
 from mshared.backing import MemfdStore
+from mshared.places import Fate, StartError
 from msharefs import uffd_abi as abi
-from msharefs.mountinfo import FSTYPE, Mount
 from msharefs.namespace import Limits, Policy
-from msharefs.region import BackingKind
+from msharefs.region import BackingKind, RegionId
 
 
 @pytest.fixture
@@ -77,119 +72,6 @@ def test_what_the_mount_says_of_itself(config: Config) -> None:
     assert fields["pid"] == str(os.getpid())
 
 
-class TestDirectory:
-    """Directories that go with the daemon, if it made them."""
-
-    def test_made_and_taken_away(self, directory: Path) -> None:
-        with app._directory(directory / "new"):
-            assert stat.S_IMODE((directory / "new").stat().st_mode) == 0o755
-        assert not (directory / "new").exists()
-
-    def test_one_that_was_there_stays(self, directory: Path) -> None:
-        (directory / "old").mkdir()
-        with app._directory(directory / "old"):
-            pass
-        assert (directory / "old").is_dir()
-
-    def test_one_that_holds_something_stays(self, directory: Path) -> None:
-        with app._directory(directory / "new"):
-            (directory / "new" / "file").touch()
-        assert (directory / "new" / "file").exists()
-
-    def test_it_goes_though_the_daemon_fails(self, directory: Path) -> None:
-        with contextlib.suppress(ZeroDivisionError), app._directory(directory / "new"):
-            raise ZeroDivisionError
-        assert not (directory / "new").exists()
-
-    def test_one_left_by_a_daemon_that_was_killed_goes_with_the_next(self, directory: Path) -> None:
-        (directory / "state").mkdir()
-        (directory / "state" / "lock").touch()
-        with app._directory(directory / "state", ours=True):
-            (directory / "state" / "lock").unlink()
-        assert not (directory / "state").exists()
-
-    def test_one_where_a_dead_mount_stands_is_ours(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (directory / "dead").mkdir()
-
-        def dead(*_args: object, **_kwargs: object) -> None:
-            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-
-        monkeypatch.setattr(Path, "mkdir", dead)
-        with app._directory(directory / "dead"):
-            pass
-        assert not (directory / "dead").exists()
-
-    def test_one_that_cannot_be_made_is_told(self, directory: Path) -> None:
-        (directory / "file").touch()
-        with (
-            pytest.raises(StartError, match=f"cannot make {directory}/file/below: Not a directory"),
-            app._directory(directory / "file" / "below"),
-        ):
-            pass
-
-
-class TestLock:
-    """One daemon a mount."""
-
-    def test_a_second_is_refused_and_a_third_comes_after(self, directory: Path) -> None:
-        path = directory / "lock"
-        with app._lock(path, Path("/run/mshare")):
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            with (
-                pytest.raises(StartError, match=r"another mshared serves /run/mshare; `mshare down` stops it"),
-                app._lock(path, Path("/run/mshare")),
-            ):
-                pass
-            assert path.exists()
-        assert not path.exists()
-        with app._lock(path, Path("/run/mshare")):
-            pass
-
-    def test_a_file_that_a_killed_daemon_left_hinders_nobody(self, directory: Path) -> None:
-        path = directory / "lock"
-        path.touch()
-        with app._lock(path, Path("/m")):
-            pass
-        assert not path.exists()
-
-    def test_a_file_that_goes_while_it_is_being_locked_is_no_lock(
-        self, directory: Path, monkeypatch: pytest.MonkeyPatch, open_descriptors: Callable[[], int]
-    ) -> None:
-        path = directory / "lock"
-        before = open_descriptors()
-        plain, calls = fcntl.flock, []
-
-        def flock(fd: int, operation: int) -> None:
-            calls.append(fd)
-            if len(calls) == 1:
-                path.unlink()
-            elif len(calls) == 2:
-                path.unlink()
-                path.touch()
-            plain(fd, operation)
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        with app._lock(path, Path("/m")):
-            assert len(calls) == 3
-            assert open_descriptors() == before + 1
-            assert path.stat().st_ino == os.fstat(calls[-1]).st_ino
-        assert open_descriptors() == before
-
-    def test_no_descriptor_is_left_when_it_is_refused(
-        self, directory: Path, open_descriptors: Callable[[], int]
-    ) -> None:
-        with app._lock(directory / "lock", Path("/m")):
-            before = open_descriptors()
-            with contextlib.suppress(StartError), app._lock(directory / "lock", Path("/m")):
-                pass
-            assert open_descriptors() == before
-
-    def test_a_place_that_cannot_be_used_is_told_with_the_cure(self, directory: Path) -> None:
-        (directory / "file").touch()
-        with pytest.raises(StartError, match="--state-dir"), app._lock(directory / "file" / "lock", Path("/m")):
-            pass
-
-
 class TestListener:
     """The socket's file."""
 
@@ -220,14 +102,14 @@ class TestStore:
 
     def test_a_user_has_memfds(self, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
         as_user(monkeypatch, 1000)
-        with app._store(config) as store:
+        with app._store(config, Fate()) as store:
             assert isinstance(store, MemfdStore)
 
     @pytest.mark.usefixtures("as_root")
     def test_root_has_mounts_of_the_size_allowed(self, directory: Path) -> None:
         (directory / "state").mkdir()
         config = Config(directory / "mount", directory / "state", Policy(limits=Limits(max_bytes=8 << 20)))
-        with app._store(config) as store:
+        with app._store(config, Fate()) as store:
             assert store.capacity()[0] == 8 << 20
         assert list((directory / "state").iterdir()) == []
 
@@ -238,8 +120,31 @@ class TestStore:
         as_user(monkeypatch, 0)
         config.state_dir.mkdir()
         monkeypatch.setattr(mounts, "mount_tmpfs", refuse)
-        with pytest.raises(StartError, match=r"cannot mount a tmpfs .* Operation not permitted"), app._store(config):
+        message = r"cannot mount a tmpfs .* Operation not permitted"
+        with pytest.raises(StartError, match=message), app._store(config, Fate()):
             pass
+
+    @pytest.mark.usefixtures("as_root")
+    def test_what_is_to_be_kept_stays_mounted_and_is_taken_over(self, directory: Path) -> None:
+        (directory / "state").mkdir()
+        config = Config(directory / "mount", directory / "state", Policy())
+        with app._store(config, Fate(keep=True)) as store:
+            backing = store.create(RegionId(7), BackingKind.SMALL, 4096)
+            os.pwrite(backing.fd, b"kept", 0)
+            for fd in {backing.fd, backing.writable, backing.readonly}:
+                os.close(fd)
+        with app._store(config, Fate()) as store:
+            assert backing.path is not None
+            again = store.reopen(backing.path, BackingKind.SMALL, None)
+            assert os.pread(again.readonly, 4, 0) == b"kept"
+            store.sweep([backing.path])
+            assert backing.path.exists()
+            store.sweep([])
+            assert not backing.path.exists()
+            again.close()
+            with pytest.raises(FileNotFoundError):
+                store.reopen(backing.path, BackingKind.SMALL, None)
+        assert list((directory / "state").iterdir()) == []
 
     def test_the_default_is_the_first_that_there_is(self, config: Config) -> None:
         assert app._default_backing(config, MemfdStore()) is BackingKind.SMALL
@@ -328,88 +233,6 @@ class TestUserfaultfd:
         if device is not None:
             os.close(device)
         assert features & uffd.WANTED == uffd.WANTED
-
-
-def mount(point: Path, fstype: str) -> Mount:
-    return Mount(1, (0, 1), str(point), fstype, 0)
-
-
-class TestStale:
-    """What a daemon that was killed left."""
-
-    @pytest.fixture
-    def mounted(self, monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[str]]:
-        """What is mounted where, by type; the last is the topmost."""
-        table: dict[Path, list[str]] = {}
-
-        def mount_at(path: Path) -> Mount | None:
-            return mount(path, table[path][-1]) if table.get(path) else None
-
-        monkeypatch.setattr(mounts, "mount_at", mount_at)
-        monkeypatch.setattr(mounts, "unmount", lambda path: table[path].pop())
-        return table
-
-    def test_nothing_is_left_most_often(self, config: Config, mounted: dict[Path, list[str]]) -> None:
-        app._clear_stale(config)
-        assert mounted == {}
-
-    def test_memory_goes_however_often_it_was_mounted(
-        self, config: Config, mounted: dict[Path, list[str]], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        for kind in ("thp", "4k"):
-            mounted[config.state_dir / kind] = ["tmpfs", "tmpfs"]
-        app._clear_stale(config)
-        assert not any(mounted.values())
-        assert caplog.text.count("left by a daemon that was killed") == 4
-
-    def test_a_dead_mount_is_replaced(
-        self, config: Config, mounted: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        mounted[config.mount] = [FSTYPE]
-        monkeypatch.setattr(app, "_is_served", lambda _mount: False)
-        app._clear_stale(config)
-        assert mounted[config.mount] == []
-
-    def test_one_that_is_served_is_not(
-        self, config: Config, mounted: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        mounted[config.mount] = [FSTYPE]
-        monkeypatch.setattr(app, "_is_served", lambda _mount: True)
-        with pytest.raises(StartError, match=f"another mshared serves {config.mount}"):
-            app._clear_stale(config)
-        assert mounted[config.mount] == [FSTYPE]
-
-    def test_another_filesystem_is_mounted_over(
-        self, config: Config, mounted: dict[Path, list[str]], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        caplog.set_level(logging.INFO)
-        mounted[config.mount] = ["ext4"]
-        app._clear_stale(config)
-        assert mounted[config.mount] == ["ext4"]
-        assert "mounting over the ext4" in caplog.text
-
-    def test_a_directory_is_served(self, directory: Path) -> None:
-        assert app._is_served(directory)
-
-    @pytest.mark.parametrize(
-        ("number", "served"),
-        [(errno.ENOTCONN, False), (errno.ECONNABORTED, False), (errno.EACCES, True), (errno.EIO, True)],
-    )
-    def test_only_a_dead_one_is_not_served(
-        self, monkeypatch: pytest.MonkeyPatch, directory: Path, number: int, served: bool
-    ) -> None:
-        def fail(_path: Path) -> None:
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(Path, "stat", fail)
-        assert app._is_served(directory) is served
-
-    def test_one_that_hangs_counts_as_served(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-        end = threading.Event()
-        monkeypatch.setattr(Path, "stat", lambda _path: end.wait(10))
-        monkeypatch.setattr(app, "_MOUNT_PATIENCE", 0.01)
-        assert app._is_served(directory)
-        end.set()
 
 
 class TestStopping:

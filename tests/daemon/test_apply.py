@@ -10,8 +10,8 @@ import pytest
 from fake_kernel import ELSEWHERE, TID, World, calls, fail, pages
 
 from mshared import apply
-from mshared.backing import extents
 from mshared.live import LiveAttachment
+from mshared.sparse import extents
 from mshared.uffd import Outcome
 from msharefs.addr import PAGE_SIZE, WINDOW_START, Address, AddrRange
 from msharefs.effects import Allow, Arm, Deliver, Effect, Punch, Signal, Stash, Unstash, ZeroFill
@@ -187,7 +187,7 @@ class TestMemory:
         def full(*_args: object, **_kwargs: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(apply.backing, "move", full)
+        monkeypatch.setattr(apply.sparse, "copy_all", full)
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             world.carry_out(Arm(pages(1), Arming.MISSING), Stash(pages(1)))
         assert not world.region.changing

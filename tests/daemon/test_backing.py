@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mshared import backing as module
+from mshared import backing as backing_module
 from mshared import landlock, libc, mounts
-from mshared.backing import Backing, BackingStore, MemfdStore, MountedStore, extents, punch, resident
+from mshared import sparse as module
+from mshared.backing import Backing, BackingStore, MemfdStore, MountedStore
+from mshared.sparse import extents, punch, resident
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.errors import NoSpaceError, NotSupportedError
 from msharefs.region import BackingKind, RegionId
@@ -419,6 +421,6 @@ class TestMountedStore:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG])
 def test_whatever_is_short_it_is_no_space(number: int) -> None:
-    error = module._no_room(OSError(number, os.strerror(number)), 1 << 20)
+    error = backing_module._no_room(OSError(number, os.strerror(number)), 1 << 20)
     assert isinstance(error, NoSpaceError)
     assert os.strerror(number) in str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mshared import libc
-from mshared.backing import extents, held, move, punch, resident, write_to
+from mshared.sparse import copy_all, extents, held, punch, punch_all, resident, write_to
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.region import BackingKind
 
@@ -89,8 +89,10 @@ class TestExtents:
 
 
 def moved(source: int, target: int, ar: AddrRange) -> None:
-    """Move between files of small pages."""
-    move(source, held(source, ar, BackingKind.SMALL, None), write_to(target))
+    """Move between files of small pages, as a change does: copied first, in one step, and punched in another."""
+    parts = held(source, ar, BackingKind.SMALL, None)
+    copy_all(source, parts, write_to(target))
+    punch_all(source, parts)
 
 
 class TestMove:
@@ -161,7 +163,7 @@ class TestMove:
         fill(source, *range(511, 1026))
         written: list[tuple[int, int]] = []
         parts = held(source, pages(0, count), BackingKind.SMALL, None)
-        move(source, parts, lambda data, at: written.append((at // PAGE_SIZE, len(data) // PAGE_SIZE)))
+        copy_all(source, parts, lambda data, at: written.append((at // PAGE_SIZE, len(data) // PAGE_SIZE)))
         assert written == [(511, 1), (512, 512), (1024, 2)]
 
     def test_without_room_everything_stays_in_the_source(

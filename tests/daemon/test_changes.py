@@ -16,9 +16,10 @@ import pytest
 import trio
 
 from mshared import apply
-from mshared.backing import MemfdStore, extents
+from mshared.backing import MemfdStore
 from mshared.changes import Changes, checked_prot
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.sparse import extents
 from msharefs import clean_pages, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.errors import (
@@ -270,16 +271,16 @@ class TestNoMemory:
 
     @pytest.fixture
     def full(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Moves fail as often as the list is long."""
+        """Copies fail as often as the list is long."""
         numbers: list[int] = []
-        plain = apply.backing.move
+        plain = apply.sparse.copy_all
 
-        def move(*args: Any, **kwargs: Any) -> None:
+        def copy_all(*args: Any, **kwargs: Any) -> None:
             if numbers:
                 raise OSError(numbers[0], os.strerror(numbers.pop()))
             plain(*args, **kwargs)
 
-        monkeypatch.setattr(apply.backing, "move", move)
+        monkeypatch.setattr(apply.sparse, "copy_all", copy_all)
         return numbers
 
     def test_protecting_is_undone(self, world: World, full: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -20,8 +20,10 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mshared import control
+from mshared import control, processes
+from mshared import records as rec
 from mshared.answers import Answer, Caller, Pending
+from mshared.book import Book, asked
 from mshared.changes import Opened
 from mshared.control import HELLO_PATIENCE, ControlServer
 from msharefs import protocol
@@ -36,6 +38,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.lifetimes = SimpleNamespace(fork_events=True)
+        self.book = Book()
         self.views = SimpleNamespace(stat=self.stat)
         self.asked: list[object] = []
         self.callers: list[Caller] = []
@@ -205,6 +208,52 @@ class TestDescriptors:
     def test_other_control_messages_bring_none(self) -> None:
         credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, bytes(12))
         assert control._descriptors([credentials, (socket.IPPROTO_IP, socket.SCM_RIGHTS, bytes(4))]) == []
+
+
+class TestSessions:
+    """Answers of a daemon before, and requests that come again."""
+
+    def test_what_was_carried_out_is_answered_as_it_was_and_not_done_again(
+        self, run: Any, service: FakeService
+    ) -> None:
+        """The answer is for that session, process and number only."""
+        started = processes.start_time(os.getpid())
+        packet = protocol.encode(protocol.Placed(4096))
+        service.book.answers["mine"] = rec.Answered("mine", os.getpid(), started, 5, packet)
+        service.book.answers["other"] = rec.Answered("other", os.getpid(), started, 4, packet)
+        service.book.answers["theirs"] = rec.Answered("theirs", 1, started, 5, packet)
+
+        async def work(path: Path) -> None:
+            for session, answered, known in [("mine", 4, True), ("other", 4, False), ("theirs", 4, False)]:
+                async with Peer(path) as peer:
+                    welcome = await peer.say(protocol.Hello("a test", session, answered, waiting=True))
+                    assert isinstance(welcome, protocol.Welcome)
+                    assert welcome.known is known
+                    if known:
+                        assert await peer.receive() == (protocol.Placed(4096), [])
+
+        run(work)
+        assert service.asked == []
+
+    def test_requests_are_numbered_from_the_last_that_was_answered(self, run: Any, service: FakeService) -> None:
+        seen: list[Any] = []
+        plain = service.detach
+
+        def detach(caller: Caller, request: protocol.Detach) -> Answer:
+            seen.append(asked.get())
+            return plain(caller, request)
+
+        service.detach = detach  # type: ignore[method-assign]
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(protocol.Hello("a test", "mine", 7))
+                for _ in range(2):
+                    await peer.say(protocol.Detach(1))
+
+        run(work)
+        assert [(each.session, each.pid, each.number) for each in seen] == [("mine", os.getpid(), n) for n in (8, 9)]
+        assert seen[0].started == processes.start_time(os.getpid())
 
 
 class TestConversation:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from mshared.backing import MemfdStore, extents, resident
+from mshared.backing import MemfdStore
 from mshared.family import Family
 from mshared.live import LiveRegion
+from mshared.sparse import extents, resident
 from msharefs import forking
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.errors import NoMemoryError

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mshared import processes
-from mshared.backing import extents
 from mshared.filler import Filler
+from mshared.sparse import extents
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 
 SIZE = 2 * PMD_SIZE

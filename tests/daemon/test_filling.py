@@ -15,10 +15,11 @@ import trio
 import trio.testing
 
 from mshared import apply, files
-from mshared.backing import MemfdStore, extents
+from mshared.backing import MemfdStore
 from mshared.files import MappedFile
 from mshared.filling import Filling, Waiting
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.sparse import extents
 from mshared.uffd import Outcome
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, WINDOW_START, Address, AddrRange

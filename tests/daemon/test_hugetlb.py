@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from hugepages import GIB, HUGE, MIB, Pool, need_memory, pages_left, pool, pool_size
 
-from mshared import hugetlb, libc
-from mshared.backing import Backing, BackingStore, MemfdStore, MountedStore, punch
+from mshared import hugetlb, libc, table_sharing
+from mshared.backing import Backing, BackingStore, MemfdStore, MountedStore
 from mshared.filler import Filler
 from mshared.live import LiveRegion
+from mshared.sparse import punch
 from msharefs.addr import AddrRange
 from msharefs.effects import Arm
 from msharefs.errors import NoMemoryError
@@ -467,7 +468,7 @@ class TestLiveRegion:
             assert region.model.tables_shared
             for effect in effects:
                 if isinstance(effect, Arm):
-                    region.note_arming(effect)
+                    table_sharing.note_arming(region, effect)
         assert not region.model.tables_shared
         assert region.model.unshared is not None
         since, why = region.model.unshared.since, region.model.unshared.why

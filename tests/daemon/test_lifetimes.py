@@ -18,8 +18,9 @@ from trio.testing import MockClock
 from mshared import processes, uffd
 from mshared.backing import MemfdStore
 from mshared.lifetimes import SWEEP_INTERVAL, Lifetimes
-from mshared.live import LiveAttachment, LiveRegion, Staged
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
+from mshared.under_way import Staged
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.errors import BadDescriptorError, InvalidArgumentError, NotFoundError
@@ -481,7 +482,7 @@ class TestFaults:
         live = world.attach(region, client)
         client.kill()
         world.lifetimes.drop(live)
-        world.lifetimes._on_fault(live, abi.FLAG_WRITE, region.model.ar.start, client.pid, 0)
+        world.lifetimes.faults.decide(live, abi.FLAG_WRITE, region.model.ar.start, client.pid, 0)
         assert region.model.faults == 0
 
     @pytest.mark.parametrize("distance", [-PAGE_SIZE, PMD_SIZE])
@@ -489,7 +490,7 @@ class TestFaults:
         """An anchor is registered too: whoever touches it harms only itself."""
         region = world.region(empty=True)
         live = world.attach(region, client)
-        world.lifetimes._on_fault(live, abi.FLAG_WRITE, region.model.ar.start + distance, client.pid, 0)
+        world.lifetimes.faults.decide(live, abi.FLAG_WRITE, region.model.ar.start + distance, client.pid, 0)
         assert (region.model.faults, live.refusals) == (0, 1)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mshared.backing import MemfdStore, extents
+from mshared.backing import MemfdStore
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.sparse import extents
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Credentials, Ownership

@@ -18,7 +18,7 @@ from msharefs.region import BackingKind
 
 pytest.importorskip("pyfuse3", reason="pyfuse3 is not installed: scripts/setup installs it")
 
-from mshared import app
+from mshared import app, places
 
 PLACES = ["--mount", "/m", "--state-dir", "/s"]
 
@@ -150,7 +150,7 @@ def test_places_nobody_names_are_the_users(mshared: Mshared, monkeypatch: pytest
 
 
 def test_a_daemon_that_cannot_start_says_why_in_one_line(mshared: Mshared) -> None:
-    mshared.error = app.StartError("no such luck; try again")
+    mshared.error = places.StartError("no such luck; try again")
     result = mshared(*PLACES)
     assert result.exit_code == 1
     assert result.output == "Error: no such luck; try again\n"

@@ -15,8 +15,8 @@ import trio
 from fake_kernel import ELSEWHERE, PID, TID, FakeUffd, World, calls, fail, pages
 
 from mshared import forks, processes, refusals
-from mshared.backing import extents
 from mshared.live import LiveAttachment
+from mshared.sparse import extents
 from mshared.uffd import Outcome
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.effects import Punch, Signal

@@ -12,16 +12,17 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mshared import apply, backing, donations, service, views
+from mshared import apply, donations, service, sparse, views
 from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore, MemfdStore
 from mshared.changes import Opened
 from mshared.files import TMPFS_MAGIC
 from mshared.lifetimes import Lifetimes
-from mshared.live import LiveAttachment, LiveRegion, Staged
+from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
 from mshared.service import INODES_A_REGION, Service
 from mshared.tickets import Ticket
+from mshared.under_way import Staged
 from msharefs import protocol, uffd_abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Punch
@@ -634,19 +635,19 @@ class TestUnlinkAndRemove:
     def test_one_that_is_being_made_has_no_name_yet(self, world: World) -> None:
         world.create()
         with pytest.raises(NotFoundError, match="still being made"):
-            world.service.unlink(ME, protocol.Unlink("it"), None)
+            world.service.names.unlink(ME, protocol.Unlink("it"), None)
         with pytest.raises(NotFoundError, match="still being made"):
-            world.service.remove(ME, protocol.Remove("it"))
+            world.service.names.remove(ME, protocol.Remove("it"))
 
     def test_the_last_one_ends_the_region(self, world: World) -> None:
         region = self.ready(world, ME.pid)
-        world.service.unlink(ME, protocol.Unlink("it"), self.ticket(region))
+        world.service.names.unlink(ME, protocol.Unlink("it"), self.ticket(region))
         assert world.lifetimes.regions() == []
         assert world.namespace.all() == []
 
     def test_one_of_several_ends_only_his_access(self, world: World) -> None:
         region = self.ready(world, ME.pid, 1)
-        world.service.unlink(ME, protocol.Unlink("it"), self.ticket(region))
+        world.service.names.unlink(ME, protocol.Unlink("it"), self.ticket(region))
         assert [live.model.pid for live in region.attachments] == [1]
         assert list(world.namespace) == [region.model]
 
@@ -655,12 +656,12 @@ class TestUnlinkAndRemove:
         world.lifetimes.drop(orphan.attachments[0])
         _, pending = world.create(name="mine")
         with pytest.raises(AccessDeniedError):
-            world.service.unlink(ME, protocol.Unlink("it"), self.ticket(pending.region))
+            world.service.names.unlink(ME, protocol.Unlink("it"), self.ticket(pending.region))
         assert orphan in world.lifetimes.regions()
 
     def test_a_removed_name_leaves_the_memory_to_those_who_have_it(self, world: World) -> None:
         region = self.ready(world, 1)
-        world.service.remove(ME, protocol.Remove("it"))
+        world.service.names.remove(ME, protocol.Remove("it"))
         assert list(world.namespace) == []
         assert world.lifetimes.regions() == [region]
         world.lifetimes.drop(region.attachments[0])
@@ -729,8 +730,13 @@ class TestWhatComesUponAChange:
         def full(*_args: object) -> None:
             raise OSError(errno.ENOSPC, "full")
 
-        monkeypatch.setattr(world.lifetimes, "attach", lambda region, *_args, **_named: world.attach(region, ME.pid))
-        monkeypatch.setattr(backing, "move", full)
+        def attach(region: LiveRegion, *_args: object, unsettled: bool, **_named: object) -> LiveAttachment:
+            live = world.attach(region, ME.pid)
+            region.model.ready = not unsettled
+            return live
+
+        monkeypatch.setattr(world.lifetimes, "attach", attach)
+        monkeypatch.setattr(sparse, "copy_all", full)
         with pytest.raises(NoSpaceError):
             world.service.mapped(ME, protocol.Mapped(1, AT, 0), pending, [-1])
         world.service.give_up(pending)

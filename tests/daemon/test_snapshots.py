@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from mshared import backing as backings
-from mshared import uffd
+from mshared import sparse, uffd
 from mshared.backing import Backing, MemfdStore
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
@@ -212,7 +211,7 @@ class TestOneInstant:
         busy.busy = 1
 
         def events() -> None:
-            world.lifetimes._on_fault(first, 3, at, os.getpid(), 0)  # A store to a page that is protected.
+            world.lifetimes.faults.decide(first, 3, at, os.getpid(), 0)  # A store to a page that is protected.
             seen.append([what for what, _ in log_of(first)])
 
         seen: list[list[str]] = []
@@ -269,7 +268,7 @@ class TestRefusals:
         def copy(*_: object) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-        monkeypatch.setattr(backings, "copy", copy)
+        monkeypatch.setattr(sparse, "copy", copy)
         with pytest.raises(NoMemoryError, match="hidden by PROT_NONE: Cannot allocate memory"):
             world.fork((origin, "twin"))
         assert world.names() == ["it"]
@@ -372,13 +371,13 @@ class TestWhatIsThere:
     def searched(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """The descriptors of files that were searched."""
         found: list[int] = []
-        plain = backings.extents
+        plain = sparse.extents
 
         def extents(fd: int) -> Iterator[AddrRange]:
             found.append(fd)
             return plain(fd)
 
-        monkeypatch.setattr(backings, "extents", extents)
+        monkeypatch.setattr(sparse, "extents", extents)
         return found
 
     def test_nothing_has_come(self, world: World, searched: list[int]) -> None:

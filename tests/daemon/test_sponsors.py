@@ -13,6 +13,13 @@ from mshared.pager import Pager
 from mshared.sponsors import Sponsors, is_pidfd
 from msharefs.errors import BadDescriptorError
 
+
+class Region:
+    """What is kept."""
+
+    sponsor: int | None = None
+
+
 Other = Callable[..., tuple[int, Any]]
 
 
@@ -41,7 +48,7 @@ def test_the_end_of_a_process_is_told_once(
     open_descriptors: Callable[[], int],
 ) -> None:
     pid, sock = other_process(lambda sock: sock.recv(1))
-    region: Any = object()
+    region: Any = Region()
     before = open_descriptors()
     mine = [os.pidfd_open(pid)]
     watched = os.dup(mine[0])
@@ -66,7 +73,7 @@ def test_of_a_region_that_ended_before_nothing_is_told(
     open_descriptors: Callable[[], int],
 ) -> None:
     pid, sock = other_process(lambda sock: sock.recv(1))
-    region: Any = object()
+    region: Any = Region()
     before = open_descriptors()
     sponsors.keep(region, [os.pidfd_open(pid)])
     sponsors.discard(region)
@@ -80,7 +87,7 @@ def test_of_a_region_that_ended_before_nothing_is_told(
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_other_descriptors_are_refused_and_left(sponsors: Sponsors, pipe_ends: list[int], count: int) -> None:
-    region: Any = object()
+    region: Any = Region()
     given = pipe_ends[:count]
     with pytest.raises(BadDescriptorError, match="pidfd"):
         sponsors.keep(region, given)

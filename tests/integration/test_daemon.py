@@ -75,7 +75,7 @@ def test_a_stale_mount_is_replaced(start_daemon: Callable[..., Daemon], client: 
     attached = client(dead)
     attached.do("r = mshare.mshare('x', None, 2 * MIB, CREATE); r.buf[0] = 5")
     dead.kill()
-    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+    with pytest.raises(OSError, match=f"{os.strerror(errno.ENOTCONN)}|{os.strerror(errno.ECONNABORTED)}"):
         dead.mount.stat()
     assert attached.ask("r.buf[0]") == 5
     error = attached.error_of("mshare.mshare('y', None, 0, RW)")
@@ -90,12 +90,13 @@ def test_a_stale_mount_is_replaced(start_daemon: Callable[..., Daemon], client: 
             text += line
         attached.do("s = mshare.mshare('y', None, 2 * MIB, CREATE); s.buf[0] = r.buf[0]")
         attached.do("mshare.mshare_unlink('y')")
+        assert attached.ask("(r.buf[0], r.stat().attached)") == [5, 1]
+        attached.do("r.detach()")
         again.terminate()
         again.stderr.read()
     assert again.returncode == 0
     assert mounts_below(dead.directory) == []
     assert not dead.state.exists()
-    assert attached.ask("r.buf[0]") == 5
 
 
 def test_an_unmount_from_outside_stops_the_daemon(start_daemon: Callable[..., Daemon]) -> None:
@@ -171,7 +172,7 @@ def test_many_regions_and_attachments_leave_no_descriptor(
     c.do("rs = [mshare.mshare(f'n{i}', None, 2 * MIB, CREATE) for i in range(100)]")
     assert len(os.listdir(daemon.mount)) == 103
     c.do("for i in range(100): mshare.mshare_unlink(f'n{i}')")
-    eventually(lambda: daemon.descriptors() == before)
+    eventually(lambda: daemon.descriptors() <= before)  # A file that was just closed may be among those before.
     assert len(os.listdir(daemon.mount)) == 3
 
 

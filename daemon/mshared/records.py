@@ -1,0 +1,377 @@
+"""What is written down of regions, attachments and answers, record by record, and what a row of records comes to.
+
+A record says how one thing is from then on; several that belong together stand in one entry of the journal, and hold
+all or none. Reading them again is pure: no file, descriptor or process is looked at. What records of classes of the
+core hold (``Vma``, ``Region``, ``Attachment``, changes) is taken over field by field, whatever fields these have.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from typing import Any, Final, get_args
+
+import attrs
+import cattrs
+from cattrs.preconf.json import make_converter
+
+from msharefs.addr import AddrRange
+from msharefs.effects import Change, Signal
+from msharefs.frames import StoreNo
+from msharefs.region import Attachment, BackingKind, Region
+from msharefs.vma import Arming, FileId, Vma
+
+
+@attrs.frozen
+class Layout:
+    """What a host mm is made with, and where it stands in its lineage, which ``family`` numbers."""
+
+    ar: AddrRange
+    levels: int
+    page: int
+    granule: int
+    paging_all: bool
+    hole_signal: Signal
+    forked: Arming
+    family: int
+    store: StoreNo
+
+
+@attrs.frozen
+class Memory:
+    """Descriptors of a region's backing (the daemon's own, and what clients get) and its stash, if it has one.
+
+    Others as in ``Backing``.
+    """
+
+    fd: int
+    writable: int
+    readonly: int
+    stash: int | None = None
+    start: int = 0
+    path: str | None = None
+    mount: str | None = None
+
+
+@attrs.frozen
+class RegionIs:
+    """A region is like this. ``model``: its fields in the core. ``over``: it has ended, relatives need its store.
+
+    ``sponsor`` is a pidfd.
+    """
+
+    model: dict[str, Any]
+    layout: Layout
+    memory: Memory
+    created_ns: int
+    over: bool = False
+    sponsor: int | None = None
+
+    @property
+    def id(self) -> int:
+        """Number of the region."""
+        return int(self.model["id"])
+
+    @property
+    def kind(self) -> BackingKind:
+        """Where its memory comes from."""
+        return BackingKind(self.model["backing"])
+
+
+@attrs.frozen
+class RegionGone:
+    """A region is gone, with its memory."""
+
+    region: int
+
+
+@attrs.frozen
+class Mapped:
+    """In ``ar`` of a region these VMAs lie, and nothing else. ``cleared``: what was installed there is not any more."""
+
+    region: int
+    ar: AddrRange
+    vmas: tuple[Vma, ...]
+    cleared: bool = False
+
+
+@attrs.frozen
+class FileIs:
+    """A file that is mapped into a region. ``path`` is where it was when it was opened, for people."""
+
+    region: int
+    file: FileId
+    fd: int
+    path: str
+    magic: int = 0
+
+
+@attrs.frozen
+class FileGone:
+    """No mapping shows that file any more."""
+
+    region: int
+    file: FileId
+
+
+@attrs.frozen
+class Begun:
+    """A change of a region is to be carried out, of which the model knows already."""
+
+    region: int
+    effects: tuple[Change, ...]
+
+
+@attrs.frozen
+class Moved:
+    """So many steps of that change have moved memory, and are not to be taken again."""
+
+    region: int
+    steps: int
+
+
+@attrs.frozen
+class Ended:
+    """Of that change no memory is left to be moved."""
+
+    region: int
+
+
+@attrs.frozen
+class Dirty:
+    """In ``ar`` of a region those pages were stored to, and not written to their file, and no others."""
+
+    region: int
+    ar: AddrRange
+    pages: tuple[AddrRange, ...]
+
+
+@attrs.frozen
+class SetAside:
+    """Bytes for a file that are in memory no more."""
+
+    region: int
+    number: int
+    fd: int
+    offset: int
+    data: bytes
+    magic: int
+
+
+@attrs.frozen
+class Written:
+    """They have reached the file."""
+
+    region: int
+    number: int
+
+
+@attrs.frozen
+class Forked:
+    """A region has become a fork of another, which had data of its own in ``present`` (host addresses)."""
+
+    region: int
+    origin: int
+    present: tuple[AddrRange, ...]
+
+
+@attrs.frozen
+class Refers:
+    """Pages of a region lie in a relative's store: all of them, in order."""
+
+    region: int
+    pages: tuple[tuple[AddrRange, StoreNo], ...]
+
+
+@attrs.frozen
+class Inherited:
+    """What a relative of ``family`` had in ``ar`` is another one's from now on, for all who referred to it."""
+
+    family: int
+    ar: AddrRange
+    source: StoreNo
+    target: StoreNo
+
+
+@attrs.frozen
+class AttachmentIs:
+    """An attachment is like this. ``started`` tells its process from a later one with the same pid.
+
+    ``staged``: host ranges and where they stand; others as in ``LiveAttachment``.
+    """
+
+    region: int
+    model: Attachment
+    anchor: int
+    uffd: int
+    sigbus: int | None
+    parent_pid: int | None
+    started: int | None
+    staged: tuple[tuple[AddrRange, int], ...] = ()
+    poisoned: tuple[int, ...] = ()
+    refused: tuple[int, ...] = ()
+    uid: int = 0
+    unarmed: bool = False
+
+
+@attrs.frozen
+class AttachmentGone:
+    """An attachment is gone."""
+
+    attachment: int
+
+
+@attrs.frozen
+class Poisoned:
+    """A page of an attachment is marked such that system calls fail there, or is not any more."""
+
+    attachment: int
+    addr: int
+    on: bool
+
+
+@attrs.frozen
+class Refused:
+    """A page of an attachment is in the hands of its second userfaultfd, or is not any more."""
+
+    attachment: int
+    addr: int
+    on: bool
+
+
+@attrs.frozen
+class PoisonedForAll:
+    """A page of a region is marked such in tables that processes share, or is not any more."""
+
+    region: int
+    page: AddrRange
+    on: bool
+
+
+@attrs.frozen
+class UntakenIs:
+    """A twin waits for the child of a process, which knows its token."""
+
+    token: str
+    region: int
+    readonly: bool
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    maker: int
+    started: int | None
+
+
+@attrs.frozen
+class UntakenGone:
+    """It has been taken, or nobody will."""
+
+    token: str
+
+
+@attrs.frozen
+class Answered:
+    """The request of that number in a client's session was carried out, with this reply (a packet)."""
+
+    session: str
+    pid: int
+    started: int | None
+    number: int
+    reply: bytes
+
+
+@attrs.frozen
+class SessionGone:
+    """Nobody will ask for that answer again."""
+
+    session: str
+
+
+@attrs.frozen
+class Counters:
+    """The numbers that the next region and attachment get at least."""
+
+    region: int
+    attachment: int
+
+
+Record = (
+    RegionIs
+    | RegionGone
+    | Mapped
+    | FileIs
+    | FileGone
+    | Begun
+    | Moved
+    | Ended
+    | Dirty
+    | SetAside
+    | Written
+    | Forked
+    | Refers
+    | Inherited
+    | AttachmentIs
+    | AttachmentGone
+    | Poisoned
+    | Refused
+    | PoisonedForAll
+    | UntakenIs
+    | UntakenGone
+    | Answered
+    | SessionGone
+    | Counters
+)
+
+_KINDS: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in get_args(Record)}
+_CHANGES: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in get_args(Change)}
+_NOT_WRITTEN: Final = ("mm", "attachments", "latency")
+"""What of a region has records of its own, or need not outlive the daemon."""
+
+
+def _make_converter() -> cattrs.Converter:
+    converter: cattrs.Converter = make_converter(omit_if_default=True)
+    converter.register_unstructure_hook(AddrRange, lambda ar: [ar.start, ar.end])
+    converter.register_structure_hook(AddrRange, lambda value, _: AddrRange(*value))
+    converter.register_unstructure_hook_func(
+        lambda kind: kind == Change, lambda effect: [type(effect).__name__, converter.unstructure(effect)]
+    )
+    converter.register_structure_hook_func(
+        lambda kind: kind == Change, lambda value, _: converter.structure(value[1], _CHANGES[value[0]])
+    )
+    return converter
+
+
+_converter: Final = _make_converter()
+
+
+def encode(records: Iterable[Record]) -> bytes:
+    """An entry of the journal."""
+    rows = [[type(record).__name__, _converter.unstructure(record)] for record in records]
+    return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def decode(entry: bytes) -> list[Record]:
+    """The records of an entry. Raises ValueError, KeyError or what cattrs raises for what ``encode`` does not make."""
+    return [_converter.structure(value, _KINDS[kind]) for kind, value in json.loads(entry)]
+
+
+@functools.cache
+def _region_fields() -> tuple[attrs.Attribute[Any], ...]:
+    attrs.resolve_types(Region)
+    return tuple(field for field in attrs.fields(Region) if field.name not in _NOT_WRITTEN)
+
+
+def region_fields(region: Region) -> dict[str, Any]:
+    """The fields of a region that are written down."""
+    return {f.name: _converter.unstructure(getattr(region, f.name), f.type) for f in _region_fields()}
+
+
+def _type_of(field: attrs.Attribute[Any]) -> type[Any]:
+    assert field.type is not None
+    return field.type
+
+
+def structured_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """What a region is to be made with, besides its host mm."""
+    return {f.name: _converter.structure(model[f.name], _type_of(f)) for f in _region_fields() if f.name in model}

@@ -1,0 +1,264 @@
+"""The daemon killed again and again, at points between deciding, writing down and doing, under a random workload.
+
+Two processes change a family of regions: stores, changes of mappings, forks, ends, files. The daemon kills itself at
+the n-th point it comes to, n being drawn anew for each life, and the next one starts. No call may fail for that, and
+nothing may be seen that the calls do not explain: after each death all pages of all regions are looked at, by checksum.
+KILL_POINTS is how many deaths there are, KILL_SEED has a run happen again, as far as that depends on us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+from conftest import PATIENCE, Client, Daemon
+
+MIB, PAGE = 1 << 20, 4096
+PLACES = [0, 1, 2, 3, 510, 511, 512, 513]
+"""Pages of a region that are used: its first ones, and those around the border of 2 MiB."""
+SIZE = 4 * MIB
+MOST_REGIONS = 4
+
+HELPERS = """
+import zlib
+from mmap import *
+R = {}
+def sums(number, pages):
+    "Checksums of whole pages."
+    return [zlib.crc32(R[number].buf[page * PAGE : (page + 1) * PAGE]) for page in pages]
+def put(number, page, value):
+    "Fill a page."
+    R[number].buf[page * PAGE : (page + 1) * PAGE] = bytes([value]) * PAGE
+"""
+
+
+class Lives:
+    """A daemon that is killed and started again as often as it takes."""
+
+    def __init__(self, daemon: Daemon, seed: int) -> None:
+        self.daemon = daemon
+        self.random = random.Random(seed)
+        self.deaths = 0
+        self._zygote = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent.parent / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=daemon.log_file,
+            text=True,
+        )
+        self._pidfd = -1
+
+    def start(self) -> None:
+        """The next one; it may be killed before it is ready."""
+        at = self.random.choice((self.random.randint(1, 12), self.random.randint(1, 60), self.random.randint(1, 250)))
+        arguments = ["--mount", str(self.daemon.mount), "--state-dir", str(self.daemon.state)]
+        assert self._zygote.stdin is not None
+        assert self._zygote.stdout is not None
+        self._zygote.stdin.write(json.dumps([arguments, {"MSHARED_KILL_AT": str(at)}]) + "\n")
+        self._zygote.stdin.flush()
+        self.pid = int(self._zygote.stdout.readline())
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def restart_if_dead(self) -> bool:
+        """Whether it had died."""
+        if not select.select([self._pidfd], [], [], 0)[0]:
+            return False
+        os.close(self._pidfd)
+        self.deaths += 1
+        self.start()
+        return True
+
+    def close(self) -> None:
+        """End it, and what starts it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        select.select([self._pidfd], [], [], PATIENCE)
+        os.close(self._pidfd)
+        self._zygote.stdin.close()  # type: ignore[union-attr]
+        self._zygote.wait(PATIENCE)
+        self._zygote.stdout.close()  # type: ignore[union-attr]
+
+
+@attrs.define(eq=False)
+class Model:
+    """A region: protection and contents of each page in use that is mapped, and which show a file."""
+
+    number: int
+    pages: dict[int, tuple[int, int]]
+    files: set[int] = attrs.Factory(set)
+
+    def prot(self, page: int) -> int:
+        return self.pages.get(page, (0, 0))[0]
+
+
+class Workload:
+    """Random calls by two processes, and what must be seen after each."""
+
+    def __init__(self, lives: Lives, clients: list[Client], name: str) -> None:
+        self.lives, self.clients, self.name = lives, clients, name
+        self.random = lives.random
+        self.regions: list[Model] = []
+        self.made = 0
+        self.history: list[str] = []
+
+    def do(self, who: int, code: str) -> None:
+        """Have a process carry something out, whatever the daemon dies of meanwhile."""
+        self.history.append(f"{self.lives.deaths} {who}: {code}")
+        self._wait(self.clients[who], do=code)
+
+    def ask(self, who: int, code: str) -> object:
+        return self._wait(self.clients[who], ask=code)
+
+    def _wait(self, c: Client, **request: str) -> object:
+        c.send(**request)
+        until = time.monotonic() + 3 * PATIENCE
+        while not c.answers(0.002):
+            self.lives.restart_if_dead()
+            assert time.monotonic() < until, f"hangs: {request}, after {self.lives.deaths} deaths\n{c.stacks()}"
+        return c.receive()
+
+    def create(self, backing: str) -> None:
+        number = self._next()
+        how = f"'{self.name}-{number}', {self._address(0, number)}, {SIZE}, CREATE, backing={backing!r}"
+        self.do(0, f"R[{number}] = mshare.mshare({how})")
+        self._attach(1, number)
+        self.regions.append(Model(number, dict.fromkeys(PLACES, (3, 0))))
+
+    def _next(self) -> int:
+        self.made += 1
+        return self.made
+
+    def _address(self, who: int, number: int) -> int:
+        return (0x5000_0000_0000, 0x6000_0000_0000)[who] + number * SIZE
+
+    def _attach(self, who: int, number: int) -> None:
+        self.do(who, f"R[{number}] = mshare.mshare('{self.name}-{number}', {self._address(who, number)}, 0, RW)")
+
+    def step(self) -> None:
+        if not self.regions:
+            self.create(self.random.choice(["thp", "4k"]))
+        region, who = self.random.choice(self.regions), self.random.randrange(2)
+        kinds = (
+            ["store"] * 6 + ["mprotect"] * 3 + ["mmap", "munmap", "remove", "mmap_file", "fork", "fork_process", "end"]
+        )
+        getattr(self, self.random.choice(kinds))(region, who)
+
+    def store(self, region: Model, who: int) -> None:
+        page, value = self.random.choice(PLACES), self.random.randint(1, 255)
+        if region.prot(page) == 3:
+            self.do(who, f"put({region.number}, {page}, {value})")
+            region.pages[page] = (3, value)
+
+    def _span(self) -> tuple[int, int, list[int]]:
+        one, other = sorted(self.random.choices(PLACES, k=2))
+        return one, other - one + 1, [page for page in PLACES if one <= page <= other]
+
+    def mprotect(self, region: Model, who: int) -> None:
+        first, count, pages = self._span()
+        prot = self.random.choice([0, 1, 3])
+        if all(page in region.pages for page in pages) and not (first <= 3 and first + count > 4):
+            self.do(who, f"R[{region.number}].mprotect({first * PAGE}, {count * PAGE}, {prot})")
+            region.pages.update({page: (prot, region.pages[page][1]) for page in pages})
+
+    def mmap(self, region: Model, who: int) -> None:
+        first, count, pages = self._span()
+        prot = self.random.choice([1, 3])
+        self.do(who, f"R[{region.number}].mmap({count * PAGE}, {prot}, 0x31, offset={first * PAGE})")
+        region.pages.update(dict.fromkeys(pages, (prot, 0)))
+        region.files.difference_update(pages)
+
+    def munmap(self, region: Model, who: int) -> None:
+        first, count, pages = self._span()
+        self.do(who, f"R[{region.number}].munmap({first * PAGE}, {count * PAGE})")
+        for page in pages:
+            region.pages.pop(page, None)
+        region.files.difference_update(pages)
+
+    def remove(self, region: Model, who: int) -> None:
+        page = self.random.choice(PLACES)
+        if region.prot(page) == 3 and page not in region.files:
+            self.do(who, f"R[{region.number}].madvise({page * PAGE}, {PAGE}, MADV_REMOVE)")
+            region.pages[page] = (3, 0)
+
+    def mmap_file(self, region: Model, who: int) -> None:
+        first, count, pages = self._span()
+        call = f"mmap({count * PAGE}, 3, 0x12, offset={first * PAGE}, fd=f.fileno())"
+        self.do(who, f"R[{region.number}].{call}")
+        region.pages.update({page: (3, 100 + (page - first) % 100) for page in pages})
+        region.files.update(pages)
+
+    def fork(self, region: Model, who: int) -> None:
+        if len(self.regions) < MOST_REGIONS:
+            number = self._next()
+            self.do(who, f"R[{region.number}].fork('{self.name}-{number}')")
+            for each in (0, 1):
+                self._attach(each, number)
+            self.regions.append(Model(number, dict(region.pages), set(region.files)))
+
+    def fork_process(self, region: Model, who: int) -> None:
+        """A child stores to a page, and ends."""
+        page = self.random.choice(PLACES)
+        if region.prot(page) == 3:
+            assert self.ask(who, f"fork('put({region.number}, {page}, 77)')") == 0
+            region.pages[page] = (3, 77)
+
+    def end(self, region: Model, who: int) -> None:
+        if len(self.regions) > 1:
+            self.regions.remove(region)
+            for each in (who, 1 - who):
+                self.do(each, f"mshare.mshare_unlink('{self.name}-{region.number}'); del R[{region.number}]")
+
+    def check(self) -> None:
+        """Every page of every region as a whole, in both processes."""
+        for region in self.regions:
+            pages = [page for page in PLACES if region.prot(page)]
+            expected = [zlib.crc32(bytes([region.pages[page][1]]) * PAGE) for page in pages]
+            for who in (0, 1):
+                seen = self.ask(who, f"sums({region.number}, {pages})")
+                assert seen == expected, (who, region, self.lives.deaths, self.history[-40:])
+
+
+@pytest.fixture
+def lives(start_daemon: Callable[..., Daemon]) -> Iterator[Lives]:
+    seed = int(os.environ.get("KILL_SEED", "0")) or random.randrange(1 << 30)
+    sys.stdout.write(f"KILL_SEED={seed}\n")  # Shown when it fails.
+    daemon = start_daemon()
+    lives = Lives(daemon, seed)
+    yield lives
+    lives.close()
+    daemon.restart()
+
+
+@pytest.mark.timeout(900)
+def test_no_death_is_noticed(lives: Lives, client: Callable[..., Client], name: str, tmp_path: Path) -> None:
+    deaths = int(os.environ.get("KILL_POINTS", "200"))
+    file = tmp_path / "file"
+    file.write_bytes(b"".join(bytes([100 + page % 100]) * PAGE for page in range(PLACES[-1] + 1)))
+    clients = [client(lives.daemon), client(lives.daemon)]
+    workload = Workload(lives, clients, name)
+    for who in (0, 1):
+        clients[who].do(HELPERS + f"f = open({str(file)!r}, 'rb'); connect(find_mount()).reach()")
+    lives.daemon.kill()
+    lives.start()
+    checked = 0
+    while lives.deaths < deaths:
+        workload.step()
+        if lives.deaths > checked:
+            workload.check()
+            checked = lives.deaths
+    for region in list(workload.regions):
+        for who in (0, 1):
+            workload.do(who, f"mshare.mshare_unlink('{name}-{region.number}')")
+    assert workload.ask(0, "connect(find_mount()).call(protocol.GetList(), protocol.Listing).regions") == []
