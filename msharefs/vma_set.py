@@ -61,11 +61,16 @@ class VmaSet:
 
     def find_gap(self, within: AddrRange, size: int, align: int) -> AddrRange | None:
         """The lowest free ``size`` bytes at a multiple of ``align`` (compare vm_unmapped_area), or None."""
-        for hole in self.holes(within):
-            start = Address(round_up(hole.start, align))
-            if start + size <= hole.end:
+        end: int = within.start
+        for vma in self._by_start.values():
+            if vma.ar.start >= within.end:
+                break
+            start = round_up(end, align)
+            if start + size <= vma.ar.start:
                 return AddrRange.sized(start, size)
-        return None
+            end = max(end, vma.ar.end)
+        start = round_up(end, align)
+        return AddrRange.sized(start, size) if start + size <= within.end else None
 
     def insert(self, vma: Vma) -> None:
         """Add ``vma``, merged with its neighbours. Preconditions: nothing is mapped there."""
