@@ -1,6 +1,6 @@
 """Fuzzing the control protocol and the mount: whatever is said to it, the daemon answers, and everybody else is well.
 
-MSHAREFS_FUZZ_SECONDS sets for how long (by default 15), MSHAREFS_FUZZ_SEED where it begins; what was done, and the
+MSHAREFS_FUZZ_SECONDS sets for how long (by default 12), MSHAREFS_FUZZ_SEED where it begins; what was done, and the
 seeds, are printed.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from conftest import Client, Daemon
 from hostile import GOOD, Bystander, bystander
 
-SECONDS = float(os.environ.get("MSHAREFS_FUZZ_SECONDS", "15"))
+SECONDS = float(os.environ.get("MSHAREFS_FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("MSHAREFS_FUZZ_SEED", random.randrange(1 << 32)))
 TESTS = Path(__file__).parents[1]
 SLICE = 1.0
