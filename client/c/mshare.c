@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -29,11 +30,15 @@
 #define HEADER 8
 #define FDS_MAX 4
 #define ANCHOR (1024 * 4096)
-#define TRIES 100 /* of an attach, while the region's creator is at work */
+#define TRIES 100 /* of what is to be started over, since a creator is at work, or the daemon was restarted */
+#define PATIENCE 5000 /* milliseconds to wait for a daemon that was there before: it may be being restarted */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* around everything below */
 static int sock = -1;
 static int fork_events;
+static char session[33]; /* names the conversation to the next daemon, should this one be killed */
+static uint64_t answered; /* requests of it that have had their answer */
+static int known;         /* whether a daemon was there before */
 static char mount_point[PATH_MAX];
 static struct mshare *attached;
 static char packet[PACKET_MAX + 1]; /* the request, then its answer */
@@ -284,9 +289,12 @@ static int quote(const char *name, char *out, size_t room)
 
 static void hang_up(void)
 {
+    int number = errno;
+
     if (sock >= 0)
         close(sock);
     sock = -1;
+    errno = number;
 }
 
 static void close_all(const int *fds, int count)
@@ -433,19 +441,32 @@ static int find_socket(struct sockaddr_un *address)
     return address->sun_path[0] ? 0 : fail(EINVAL, "%s names no socket", path);
 }
 
-static int greet(void)
+/* Say hello; `*again` is whether the answer to the request that waits is the next packet. */
+static int greet(int waiting, int *again)
 {
-    char body[96];
+    char body[256];
+    unsigned char random[16];
+    struct value value;
     int fds[FDS_MAX], count;
 
-    snprintf(body, sizeof body, "{\"op\":\"hello\",\"client\":\"C pid %d\"}", (int)getpid());
+    if (!*session) {
+        if (getrandom(random, sizeof random, 0) != sizeof random)
+            return fail(errno, "no random numbers can be had");
+        for (size_t i = 0; i < sizeof random; i++)
+            sprintf(session + 2 * i, "%02x", random[i]);
+        answered = 0;
+    }
+    snprintf(body, sizeof body,
+             "{\"op\":\"hello\",\"client\":\"C pid %d\",\"session\":\"%s\",\"answered\":%llu,\"waiting\":%s}",
+             (int)getpid(), session, (unsigned long long)answered, waiting ? "true" : "false");
     if (say(body, NULL, 0) || (count = hear(fds)) < 0)
         return -1;
     close_all(fds, count);
+    *again = answer_has("known", TRUE, &value);
     return expect("welcome") || truth_of("fork_events", &fork_events) ? -1 : 0;
 }
 
-static int connect_to_daemon(void)
+static int try_to_connect(int waiting, int *again)
 {
     struct sockaddr_un address;
 
@@ -453,42 +474,58 @@ static int connect_to_daemon(void)
         return -1;
     if ((sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)) < 0)
         return fail(errno, "no socket can be had: %s", strerror(errno));
-    if (connect(sock, (struct sockaddr *)&address, sizeof address)) {
+    if (connect(sock, (struct sockaddr *)&address, sizeof address))
         fail(errno, "no daemon answers at %s: %s; start one with `mshare up`", address.sun_path, strerror(errno));
-        hang_up();
-        return -1;
+    else if (!greet(waiting, again))
+        return 0;
+    hang_up();
+    return -1;
+}
+
+/* Have a connection. One that was there before may be being restarted: wait for it. */
+static int connect_to_daemon(int waiting, int *again)
+{
+    *again = 0;
+    for (int waited = 0, wait = 5; sock < 0; waited += wait, wait = wait < 50 ? 2 * wait : 100) {
+        if (!try_to_connect(waiting, again))
+            break;
+        if (!known || waited > PATIENCE || errno == EPROTO)
+            return -1;
+        usleep((useconds_t)wait * 1000);
     }
-    if (greet()) {
-        int number = errno;
-        hang_up();
-        errno = number;
-        return -1;
-    }
+    known = 1;
     return 0;
 }
 
-/* Make a request: how many descriptors came with its answer, which is in `packet`. A daemon that was started anew since
- * the last request shows by a hang-up, and is asked instead. */
+static int is_lost(void)
+{
+    return errno == EPIPE || errno == ECONNRESET;
+}
+
+/* Make a request: how many descriptors came with its answer, which is in `packet`. A daemon that was killed has written
+ * down what it has carried out: the next one is asked for the answer first, so that nothing is done twice. What it never
+ * heard of is said again, or, if it is about what the old one has said or opened, EAGAIN: to be started over. */
 static int ask(const char *body, const int *fds, int count, int *received)
 {
-    int fresh = sock < 0;
+    int got = -1, again;
 
-    if (fresh && connect_to_daemon())
-        return -1;
-    if (say(body, fds, count)) {
-        if (fresh || (errno != EPIPE && errno != ECONNRESET))
+    for (int losses = 0; losses < TRIES; losses++) {
+        if (connect_to_daemon(losses > 0, &again))
             return -1;
+        if (losses && !again && (count || strstr(body, "\"offer\":")))
+            return fail(EAGAIN, "the daemon was restarted meanwhile; nothing has changed, try again");
+        if ((again || !say(body, fds, count)) && (got = hear(received)) >= 0) {
+            answered++;
+            return got;
+        }
         hang_up();
-        if (connect_to_daemon() || say(body, fds, count))
-            return -1;
+        if (!is_lost())
+            break;
     }
-    int got = hear(received);
-    if (got < 0) {
-        int number = errno;
-        hang_up(); /* half a conversation: the next answer would not be ours */
-        errno = number;
-    }
-    return got;
+    int number = errno;
+    *session = 0; /* Nobody shall take the answer for another's. */
+    errno = number;
+    return -1;
 }
 
 /* A request whose answer brings nothing but its name. */
@@ -510,6 +547,7 @@ static void in_child(void)
 {
     pthread_mutex_init(&lock, NULL);
     hang_up(); /* it is the parent's */
+    *session = 0;
 }
 
 static void begin(void)
@@ -533,17 +571,25 @@ static int open_ticket(const char *name, int access)
     char path[PATH_MAX];
     size_t length = strlen(name);
     struct sockaddr_un address;
+    int again;
 
     if (length > 255)
         return fail(ENAMETOOLONG, "a region's name has at most 255 bytes, this one %zu", length);
     if (!length || name[0] == '.' || strchr(name, '/') || !strcmp(name, "mshare_info"))
         return fail(EINVAL, "'%s' cannot name a region", name);
-    if (sock < 0 ? find_socket(&address) : 0)
+    if (connect_to_daemon(0, &again))
         return -1;
     if (snprintf(path, sizeof path, "%s/%s", mount_point, name) >= (int)sizeof path)
         return fail(ENAMETOOLONG, "the path of region '%s' is too long", name);
-    int fd = open(path, access | O_CLOEXEC);
-    return fd >= 0 ? fd : fail(errno, "region '%s' in %s: %s", name, mount_point, strerror(errno));
+    int fd = open(path, access | O_CLOEXEC), number = errno;
+    if (fd < 0 && (number == ENOTCONN || number == ECONNABORTED || find_socket(&address))) {
+        hang_up(); /* It has ended. */
+        if (connect_to_daemon(0, &again))
+            return -1;
+        fd = open(path, access | O_CLOEXEC);
+        number = errno;
+    }
+    return fd >= 0 ? fd : fail(number, "region '%s' in %s: %s", name, mount_point, strerror(number));
 }
 
 static int make_userfaultfd(int device)
@@ -729,21 +775,20 @@ int mshare_detach(struct mshare *region)
     return result;
 }
 
-int mshare_unlink(const char *name)
+static int try_to_unlink(const char *name)
 {
     char body[2048], quoted[1800], path[PATH_MAX + 258];
     struct stat file;
 
-    begin();
     int ticket = open_ticket(name, O_RDWR);
     if (ticket < 0 && errno != EACCES)
-        return end(-1);
+        return -1;
     snprintf(path, sizeof path, "%s/%s", mount_point, name);
     if (quote(name, quoted, sizeof quoted) || stat(path, &file)) {
         int number = errno;
         if (ticket >= 0)
             close(ticket);
-        return end(fail(number, "region '%s': %s", name, strerror(number)));
+        return fail(number, "region '%s': %s", name, strerror(number));
     }
     for (struct mshare *each = attached; each; each = each->next)
         if (each->inode == file.st_ino && each->address) {
@@ -756,5 +801,18 @@ int mshare_unlink(const char *name)
     if (ticket >= 0)
         close(ticket);
     errno = number;
+    return result;
+}
+
+int mshare_unlink(const char *name)
+{
+    int result = -1;
+
+    begin();
+    for (int tries = 0; tries < TRIES && result; tries++) {
+        result = try_to_unlink(name);
+        if (result && errno != EAGAIN)
+            break;
+    }
     return end(result);
 }

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_it_says_what_python_says(c: CClient, fake_daemon: Any, offers: Callable
     c.do("touch 0 0 1")
     c.do("detach 0")
     hello, attach, mapped, detach = fake_daemon.heard
-    assert hello == protocol.Hello(f"C pid {c.process.pid}")
+    assert hello == protocol.Hello(f"C pid {c.process.pid}", hello.session)
     assert attach == protocol.Attach(None, 0)
     assert (mapped.offer, mapped.addr, mapped.staged) == (1, OFFER["addr"], ())
     assert mapped.anchor % 4096 == 0
@@ -170,16 +171,87 @@ def test_while_a_region_is_being_made_it_asks_again(c: CClient, fake_daemon: Any
     assert left == [0]
 
 
-def test_of_a_daemon_that_hangs_up_the_next_is_asked(c: CClient, fake_daemon: Any, offers: Callable[..., None]) -> None:
-    offers({})
-    fake_daemon.on[protocol.Attach], offer = (lambda _request, _fds: None), fake_daemon.on[protocol.Attach]
-    assert c.errno_of("attach 0 it") == errno.ECONNRESET
-    fake_daemon.on[protocol.Attach] = offer
-    c.do("attach 0 it")
-    fake_daemon.stop()
-    fake_daemon.start()
-    fake_daemon.on[protocol.Detach] = lambda _request, _fds: protocol.Done()
-    c.do("detach 0")
+class TestAnotherDaemon:
+    """The daemon was killed, and another is there, or will be."""
+
+    @pytest.fixture
+    def attached(self, c: CClient, fake_daemon: Any, offers: Callable[..., None]) -> CClient:
+        offers({})
+        fake_daemon.on[protocol.Detach] = lambda _request, _fds: protocol.Done()
+        c.do("attach 0 it")
+        return c
+
+    def test_between_two_requests_it_makes_no_difference(self, attached: CClient, fake_daemon: Any) -> None:
+        fake_daemon.stop()
+        fake_daemon.start()
+        attached.do("detach 0")
+        assert fake_daemon.kinds().count(protocol.Detach) == 1
+
+    def test_one_that_is_being_restarted_is_waited_for(self, attached: CClient, fake_daemon: Any) -> None:
+        fake_daemon.stop()
+        threading.Timer(0.2, fake_daemon.start).start()
+        attached.do("detach 0")
+
+    def test_a_request_that_it_does_not_know_of_is_made_again(self, attached: CClient, fake_daemon: Any) -> None:
+        answers: list[Any] = [None, protocol.Done()]
+        fake_daemon.on[protocol.Detach] = lambda _request, _fds: answers.pop(0)
+        attached.do("detach 0")
+        first, second = (message for message in fake_daemon.heard if isinstance(message, protocol.Hello))
+        assert len(first.session) == 32
+        assert (first.answered, first.waiting) == (0, False)
+        assert (second.session, second.answered, second.waiting) == (first.session, 2, True)
+
+    def test_of_one_that_was_carried_out_only_the_answer_is_asked_for(
+        self, attached: CClient, fake_daemon: Any
+    ) -> None:
+        fake_daemon.on[protocol.Detach] = lambda _request, _fds: None
+        known = protocol.Welcome("fake", "/m", fork_events=True, known=True)
+        failed = protocol.Failed(errno.EXDEV, "the answer")
+        fake_daemon.on[protocol.Hello] = lambda hello, _fds: [known, failed] if hello.waiting else fake_daemon.welcome
+        assert attached.ask("detach 0") == f"errno {errno.EXDEV} the answer"
+        assert fake_daemon.kinds().count(protocol.Detach) == 1
+
+    @pytest.mark.parametrize("lost", [protocol.Attach, protocol.Mapped])
+    def test_attaching_starts_over(
+        self, c: CClient, fake_daemon: Any, offers: Callable[..., None], lost: type[Any]
+    ) -> None:
+        """A new ticket, a new offer; of the first nothing is left."""
+        offers({})
+        answer, left = fake_daemon.on[lost], [2]
+
+        def once(request: object, fds: list[int]) -> object:
+            left[0] -= 1
+            return None if left[0] >= 0 else answer(request, fds)
+
+        fake_daemon.on[protocol.Detach] = lambda _request, _fds: protocol.Done()
+        c.do("attach 0 it")
+        c.do("detach 0")
+        before = c.descriptors()
+        fake_daemon.on[lost] = once
+        c.do("attach 0 it")
+        c.do("detach 0")
+        assert c.descriptors() == before
+        assert fake_daemon.kinds().count(protocol.Attach) == 4
+
+    def test_one_that_always_hangs_up_is_left_alone_in_the_end(self, c: CClient, fake_daemon: Any) -> None:
+        fake_daemon.on[protocol.Attach] = lambda _request, _fds: None
+        assert c.errno_of("attach 0 it") == errno.EAGAIN
+        assert fake_daemon.kinds().count(protocol.Attach) <= 100
+
+    def test_a_child_has_a_session_of_its_own(self, attached: CClient, fake_daemon: Any) -> None:
+        fake_daemon.on[protocol.Adopt] = lambda _request, _fds: protocol.Attached(8)
+        assert attached.ask("child detach 0") == "ok"
+        first, second = (message for message in fake_daemon.heard if isinstance(message, protocol.Hello))
+        assert first.session != second.session
+        assert (second.answered, second.waiting) == (0, False)
+
+    def test_after_nonsense_the_session_is_another(self, attached: CClient, fake_daemon: Any) -> None:
+        """An answer that comes late must not be taken for that to the next request."""
+        fake_daemon.on[protocol.Detach] = lambda _request, _fds: b"nonsense"
+        assert attached.errno_of("detach 0") == errno.EPROTO
+        attached.do("attach 1 it")
+        first, second = (message for message in fake_daemon.heard if isinstance(message, protocol.Hello))
+        assert first.session != second.session
 
 
 def test_a_daemon_that_does_not_welcome_it_is_told(c: CClient, fake_daemon: Any) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -274,3 +275,32 @@ def test_the_example_of_the_readme_compiles_and_reads(
     done = subprocess.run([tmp_path / "example"], env=env, capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "hello\n"
     assert "greeting" not in os.listdir(daemon.mount)
+
+
+def test_it_goes_on_with_the_daemon_that_follows(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], start: Callable[..., CClient], name: str
+) -> None:
+    """Windows, holes and numbers are as before; who attaches while there is none waits."""
+    mortal = start_daemon()
+    maker = client(mortal)
+    maker.do(f"r = mshare.mshare({name!r}, None, 4 * MIB, CREATE); r.munmap(2 * MIB, MIB); r.buf[5] = 42")
+    c = start(mortal)
+    c.do(f"attach 0 {name}")
+    mortal.kill()
+    assert c.ask("touch 0 5") == "42"
+    mortal.restart()
+    assert c.ask(f"touch 0 {2 * MIB}") == f"signal {signal.SIGBUS} {2 * MIB}"
+    c.do(f"attach 1 {name} rw 600000000000")
+    c.do("detach 1")
+    mortal.kill()
+    restarting = threading.Thread(target=mortal.restart)
+    restarting.start()
+    c.do(f"attach 1 {name} ro 600000000000")
+    restarting.join()
+    assert c.ask("touch 1 5") == "42"
+    assert attached(maker) == 2
+    mortal.kill()
+    mortal.restart()
+    c.do(f"unlink {name}")
+    assert attached(maker) == 1
+    maker.do(f"mshare.mshare_unlink({name!r})")

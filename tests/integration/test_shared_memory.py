@@ -204,6 +204,25 @@ class TestLife:
         user.do(f"mshare.SharedMemory({name!r}).unlink()")
         assert regions(daemon) == set()
 
+    def test_the_daemon_that_follows_knows_whom_it_ends_with(
+        self, start_daemon: Callable[..., Daemon], client: Callable[..., Client], eventually: Condition
+    ) -> None:
+        mortal = start_daemon()
+        maker, other = client(mortal), client(mortal)
+        maker.do("s = mshare.SharedMemory('one', create=True, size=5); t = mshare.SharedMemory('two', True, 5)")
+        maker.do("u = mshare.SharedMemory('three', create=True, size=5, track=False); s.buf[0] = 1; s.close()")
+        other.do("t = mshare.SharedMemory('two')")
+        mortal.kill()
+        mortal.restart()
+        assert regions(mortal) == {"one", "two", "three"}
+        assert other.ask("mshare.SharedMemory('one').buf[0]") == 1
+        assert other.ask("mshare.SharedMemory('one').size") == 5
+        maker.kill()
+        eventually(lambda: regions(mortal) == {"two", "three"})
+        other.do("t.close()")
+        assert regions(mortal) == {"three"}
+        other.do("mshare.remove('three')")
+
     def test_unlinked_it_stays_for_those_who_have_it(self, daemon: Daemon, user: Client) -> None:
         user.do("s = mshare.SharedMemory('un', create=True, size=1); t = mshare.SharedMemory('un'); s.unlink()")
         assert regions(daemon) == set()
