@@ -41,9 +41,12 @@ class Relaxing:
         alone = {region for region in self._lifetimes.regions() if _is_alone(region)}
         for region in alone & self._alone:
             log.debug("region %s: alone again, its memory is native", region.model.name)
-            effects = forking.relax(region.model.mm)
-            noted = region_is(region), rec.Refers(region.model.id, ())
-            apply.carry_out(region, effects, self._lifetimes.read_events, *noted)
+            try:
+                effects = forking.relax(region.model.mm)
+                noted = region_is(region), rec.Refers(region.model.id, ())
+                apply.carry_out(region, effects, self._lifetimes.read_events, *noted)
+            except Exception:
+                log.exception("region %s: cannot be made native", region.model.name)
         self._alone = alone
 
 

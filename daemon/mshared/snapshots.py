@@ -71,10 +71,10 @@ class Snapshots:
         """After each fork, see to what it left undone, and have what the next one needs ready; for ever."""
         async for twin in self._to_prepare:
             await trio.sleep(_UNTIL_PREPARED)
-            twin.page_tables_before = processes.all_page_table_bytes()
             try:
+                twin.page_tables_before = processes.all_page_table_bytes()
                 await trio.to_thread.run_sync(self._store.prepare, twin.backing.kind)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # The second when no thread can be had.
                 log.debug("no file is ready for the next fork: %s", error)
 
     async def for_child(self, windows: Sequence[LiveAttachment], who: Credentials) -> list[str]:

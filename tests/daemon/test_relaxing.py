@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from mshared import uffd
+from mshared import apply, uffd
 from mshared.backing import MemfdStore
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
@@ -15,6 +15,7 @@ from mshared.pager import Pager
 from mshared.relaxing import Relaxing
 from msharefs import forking
 from msharefs.addr import PMD_SIZE
+from msharefs.errors import InternalError
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Credentials, Ownership
 from msharefs.region import BackingKind
@@ -103,3 +104,16 @@ def test_one_that_is_being_changed_has_to_wait(world: World) -> None:
         return [during, world.armed_after(1), world.armed_after(1)]
 
     assert trio.run(change) == [True, True, False]
+
+
+def test_one_that_cannot_be_relaxed_keeps_nothing_else_from_going_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise InternalError("what nobody expects")
+
+    world.end(world.fork())
+    monkeypatch.setattr(apply, "carry_out", fail)
+    world.armed_after(3)
+    assert "region it: cannot be made native" in caplog.text
+    caplog.clear()

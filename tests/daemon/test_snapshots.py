@@ -409,19 +409,19 @@ class TestWhatIsThere:
 
 
 def test_a_file_is_made_ready_for_the_fork_after_this_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where that fails, the fork will have to make it."""
+    """Where that fails, for want of descriptors or of threads, the fork will have to make it."""
     prepared: list[BackingKind] = []
     done = trio.Event()
 
     def prepare(kind: BackingKind) -> None:
         prepared.append(kind)
-        if len(prepared) == 1:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if len(prepared) < 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) if len(prepared) == 1 else RuntimeError("no thread")
         trio.from_thread.run_sync(done.set)
 
     monkeypatch.setattr(world.store, "prepare", prepare, raising=False)
     origin = world.region()
-    twins = world.fork((origin, "one"), (origin, "two"))
+    twins = world.fork((origin, "one"), (origin, "two"), (origin, "three"))
 
     async def until_done() -> None:
         async with trio.open_nursery() as nursery:
@@ -430,7 +430,7 @@ def test_a_file_is_made_ready_for_the_fork_after_this_one(world: World, monkeypa
                 await done.wait()
             nursery.cancel_scope.cancel()
 
-    assert [twin.page_tables_before for twin in twins] == [None, None]
+    assert [twin.page_tables_before for twin in twins] == [None] * 3
     trio.run(until_done)
-    assert prepared == [BackingKind.SMALL] * 2
+    assert prepared == [BackingKind.SMALL] * 3
     assert all(twin.page_tables_before for twin in twins)
