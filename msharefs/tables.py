@@ -157,7 +157,7 @@ def entry_index(addr: int, level: int) -> int:
 
 def is_full_of_leaves(table: Directory) -> bool:
     """Whether each entry is a 2 MiB leaf."""
-    return len(table.entries) == TABLE_ENTRIES and all(isinstance(entry, int) for entry in table.entries.values())
+    return len(table.entries) == TABLE_ENTRIES and set(map(type, table.entries.values())) == {int}
 
 
 def leaves(table: Directory, *, shared: bool = False) -> Iterator[tuple[Leaf, bool]]:
