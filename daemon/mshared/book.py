@@ -19,6 +19,7 @@ from mshared.journal import Journal
 from mshared.processes import start_time
 from msharefs import protocol
 from msharefs.addr import AddrRange
+from msharefs.errors import NoSpaceError
 from msharefs.frames import StoreNo, store_of
 from msharefs.host_mm import HostMm
 from msharefs.vma import FileId
@@ -61,11 +62,14 @@ class Book:
         self.grown: Callable[[], None] = lambda: None
         """Called when it would be worth writing everything anew."""
         self._least = _WORTH_IT
+        self._owed: tuple[rec.Record, ...] = ()
+        """What could not be written, and holds all the same: it comes first the next time."""
 
     def commit(self, *records: rec.Record, reply: protocol.Reply | None = None) -> None:
         """Have records hold from now on, and ``reply`` be the answer to the request that is under way.
 
-        Raises NoSpaceError.
+        What has changed already holds anyhow: without room it is owed, and written first the next time. So that this
+        does not happen requests see to it before (``check_room``), and faults after (``is_settled``).
         """
         if self.journal is None or not self.journal.is_open:
             return
@@ -74,10 +78,23 @@ class Book:
             answer = _answered(now, reply)
             records = (*records, answer)
             self.answers[now.session] = answer
-        if records:
-            self.journal.append(rec.encode(records))
-            if self.journal.size > self._least:
-                self.grown()
+        owed_before = bool(self._owed)
+        self._owed += records
+        try:
+            if self._owed:
+                self.journal.append(rec.encode(self._owed))
+                self._owed = ()
+        except NoSpaceError as error:
+            if not owed_before:
+                log.warning("%s; until then some who wait for memory go on waiting", error)
+        if self.journal.size > self._least:
+            self.grown()
+
+    def is_settled(self) -> bool:
+        """Whether everything is written down that holds; what was owed is, if there is room by now."""
+        if self._owed:
+            self.commit()
+        return not self._owed
 
     def forget(self, region: LiveRegion) -> None:
         """Nothing is left of a region."""
@@ -114,6 +131,7 @@ class Book:
             records = [record for region in regions for record in everything_of(region)]
             records += [attachment_is(each) for region in regions for each in region.attachments]
             self.journal.replace(rec.encode([*others, *records, *self.answers.values()]))
+            self._owed = ()
             self._least = 2 * self.journal.size + _WORTH_IT
 
 

@@ -43,7 +43,7 @@ class Faults:
         if live.model.id not in self._attached or addr not in live.model.window:
             self._on_stray(Waiting(live, flags, addr, tid, since))
             return
-        if live.region.changing:
+        if live.region.changing or not live.region.book.is_settled():
             self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
             return
         host = Address(addr - live.distance)
@@ -55,6 +55,9 @@ class Faults:
         if isinstance(resolution.effect, Allow) and resolution.vma is not None and resolution.vma.reaches_file:
             page = resolution.effect.ar
             live.region.note(rec.Dirty(region.id, page, (page,)))
+            if not live.region.book.is_settled():
+                self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
+                return
         outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect, access)
         if outcome is Outcome.SERVED:
             region.count_served(resolution.vma)
