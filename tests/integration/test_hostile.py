@@ -97,3 +97,90 @@ class TestMemory:
         eventually(lambda: c.ask("os.fstat(fd).st_size") == 4 * MIB)
         assert c.ask("os.fstat(fd).st_blocks * 512") == 2 * MIB
         assert c.ask("bytes(r.buf[:4]).decode()") == "mine"
+
+
+class TestBehaviour:
+    """What a process does to itself, or with others of its kind."""
+
+    @pytest.fixture
+    def friend(self, c: Client, client: Callable[..., Client], daemon: Daemon, name: str) -> Iterator[Client]:
+        """Another process on the region of the one that means harm."""
+        assert c.is_alive()
+        found = client(daemon, EVIL)
+        found.do(f"f = mshare.mshare({name!r}, 0x6000_0000_0000, 0, RW)")
+        yield found
+        found.kill_all()
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "sc.munmap(r.address, r.size)",
+            "sc.munmap(r.address + PAGE, PAGE)",
+            "sc.mprotect(r.address, r.size, 0)",
+            "sc.mmap(r.address, r.size, 3, 0x32)",
+            "os.closerange(3, 1000)",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))",
+            "os.kill(os.getpid(), signal.SIGSTOP)",
+            "sc.punch(link_fd, 0, 4 * MIB)",
+        ],
+    )
+    def test_harm_to_one_s_own_window(self, c: Client, friend: Client, by: Bystander, harm: str) -> None:
+        """Others map, protect and unmap as if nothing had been."""
+        if "link_fd" in harm:
+            c.do("""
+                ticket = os.open(find_mount() / name, RW)
+                reply, fds = connect(find_mount()).exchange(protocol.Attach(None, 0), (ticket,)); link_fd = fds[0]
+                """)
+        c.send(do=harm)
+        for _ in range(3):
+            friend.do("f.mprotect(0, PAGE, 1); f.mprotect(0, PAGE, 3); f.munmap(PAGE, PAGE); f.mmap(PAGE, offset=PAGE)")
+            friend.do("f.buf[PAGE] = 9; assert f.buf[PAGE] == 9 and f.stat().attached >= 1")
+        by.check()
+
+    def test_somebody_else_s_userfaultfd(self, c: Client, friend: Client, by: Bystander) -> None:
+        """It is armed where that process has nothing, or something of its own: nobody else's business."""
+        friend.do("uffds = [sc.userfaultfd(None) for _ in range(2)]")
+        c.do(f"""
+            own = [os.pidfd_open({friend.pid})]
+            uffds = [ctypes.CDLL(None, use_errno=True).syscall(438, own[0], n, 0) for n in range(3, 20)]
+            sock = hello(); ticket = os.open(find_mount() / name, RW)
+            told = []
+            for uffd in [u for u in uffds if u >= 0] + [ticket, sock.fileno(), 0, own[0]]:
+                offer = say(sock, protocol.Attach(None, 0), [ticket])
+                told.append(type(say(sock, protocol.Mapped(offer.offer, offer.addr, r.address), [uffd])).__name__)
+            """)
+        assert set(c.ask("told")) <= {"Failed", "Attached"}
+        friend.do("f.mprotect(0, PAGE, 1); f.mprotect(0, PAGE, 3); f.buf[0] = 1")
+        by.check()
+
+    def test_many_forks_that_touch_what_they_may_not(self, c: Client, by: Bystander) -> None:
+        """Within the limits of its user: each child dies, and nobody else waits for long."""
+        c.do("r.munmap(PAGE, PAGE)")
+        c.send(
+            do="""
+for _ in range(150):
+    if os.fork() == 0:
+        os.close(0); os.fork(); os.fork(); r.buf[PAGE]
+left = 150
+while left: os.wait(); left -= 1
+"""
+        )
+        for _ in range(5):
+            by.check()
+        c.receive()
+
+    def test_chmod_against_open(self, c: Client, client: Callable[..., Client], name: str) -> None:
+        """Who opens while the mode changes may or may not; who opens afterwards may not."""
+        other = client(uid=GOOD)
+        c.do("os.chmod(find_mount() / name, 0o666)")
+        c.send(do="for n in range(400): os.chmod(find_mount() / name, 0o666 if n % 2 == 0 else 0)")
+        other.do(f"""
+            told = []
+            for _ in range(100):
+                try: mshare.mshare({name!r}, 0x6000_0000_0000, 0, RW).detach(); told.append(0)
+                except OSError as error: told.append(error.errno)
+            """)
+        c.receive()
+        assert set(other.ask("told")) <= {0, errno.EACCES}
+        assert other.error_of(f"mshare.mshare({name!r}, 0x6000_0000_0000, 0, RO)").errno == errno.EACCES
+        other.kill_all()
