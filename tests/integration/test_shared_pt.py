@@ -252,7 +252,7 @@ def test_other_users_share_it_as_far_as_they_may_open_it(mapper: Callable[..., C
     assert shared(writer)
     writer.do("m.buf[0] = 44")
     assert reader.ask("m.buf[0]") == 44
-    assert reader.error_of("open('/dev/shm/none', 'w').close() or m.mprotect(3)").errno == errno.EACCES
+    assert reader.error_of("m.mprotect(3)").errno == errno.EACCES
 
 
 def test_it_shows_in_the_mount(mapper: Callable[..., Client], daemon: Daemon, path: Path) -> None:
