@@ -191,9 +191,7 @@ class Snapshots:
         """Everything between two awaits."""
         twins: list[LiveRegion] = []
         noted: list[rec.Record] = []
-        relatives = [region for wish in wishes for region in wish.origin.family.regions.values()]
-        before = {region: _what_forks_change(region) for region in relatives}
-        with _still(relatives):
+        with _still([region for wish in wishes for region in wish.origin.family.regions.values()]):
             try:
                 for origin in dict.fromkeys(wish.origin for wish in wishes):
                     self._shield(origin)
@@ -204,7 +202,7 @@ class Snapshots:
                     twins.append(twin)
                     noted += [*everything_of(twin, refers=False), forked]
                 point()
-                self._write_down(before, noted + made(twins), reply)
+                self._write_down(wishes, noted + made(twins), reply)
             except BaseException:
                 for twin in twins:
                     self._namespace.abandon(twin.model)
@@ -214,12 +212,11 @@ class Snapshots:
             self._lifetimes.book.regions[twin.model.id] = twin
         return twins
 
-    def _write_down(
-        self, before: dict[LiveRegion, object], noted: list[rec.Record], reply: protocol.Reply | None
-    ) -> None:
+    def _write_down(self, wishes: Sequence[Wish], noted: list[rec.Record], reply: protocol.Reply | None) -> None:
         """From now on the twins are there, and their relatives are as they must be for that."""
-        changed = [each for each, how in before.items() if each.recorded and _what_forks_change(each) != how]
-        self._lifetimes.book.commit(*map(region_is, changed), *noted, reply=reply)
+        families = {wish.origin.family.number: wish.origin.family for wish in wishes}
+        relatives = [each for family in families.values() for each in family.regions.values() if each.recorded]
+        self._lifetimes.book.commit(*map(region_is, relatives), *noted, reply=reply)
 
     def _shield(self, origin: LiveRegion) -> None:
         """Have every store to a region seen, and to its relatives, which may come to hold what others refer to."""
@@ -252,11 +249,6 @@ class Snapshots:
             self._lifetimes.forget(twin)
             raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
         return twin, rec.Forked(model.id, origin.model.id, tuple(forking.own_pages(origin.model.mm)))
-
-
-def _what_forks_change(region: LiveRegion) -> object:
-    """What of a region is otherwise after it, or a relative, was forked."""
-    return region.model.mm.rule.forked, region.stash_fd
 
 
 async def _acquire(lock: trio.Lock) -> None:
