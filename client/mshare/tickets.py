@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mshare.connection import DYING, Ticket, wait_for_daemon
 from mshare.discovery import is_served, read_info
@@ -16,6 +16,8 @@ from msharefs.names import check_name
 
 Name = str | bytes
 R = TypeVar("R")
+_MOST_RESTARTS: Final = 20
+"""How often the daemon may go between being there again and being asked."""
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def opened(path: Path, access: int) -> Iterator[Ticket]:
     def again() -> Ticket:
         close()
         with contextlib.suppress(PermissionError):
-            held.append(os.open(path, access | os.O_CLOEXEC))
+            held.append(_open(path, access))
         ticket = Ticket(held)
         ticket.again = again
         return ticket
@@ -54,14 +56,26 @@ def inode_of(path: Path) -> int:
 
 
 def _served(path: Path, ask: Callable[[], R]) -> R:
-    """Ask a file of the mount; once more when its daemon was being restarted. Raises OSError."""
-    try:
-        return ask()
-    except OSError as error:
-        if is_served(path.parent) and error.errno not in DYING:
-            raise
-    wait_for_daemon(path.parent)
+    """Ask a file of the mount; again when its daemon was being restarted. Raises OSError."""
+    for _ in range(_MOST_RESTARTS):
+        try:
+            return ask()
+        except OSError as error:
+            if error.errno not in DYING and is_served(path.parent):
+                raise
+            if not wait_for_daemon(path.parent):
+                break
     return ask()
+
+
+def _open(path: Path, access: int) -> int:
+    """Open a file of the mount. Raises OSError, ENOTCONN where nothing is mounted just now."""
+    try:
+        return os.open(path, access | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if is_served(path.parent):
+            raise
+        raise OSError(errno.ENOTCONN, f"{path.parent} is not served") from None
 
 
 def _no_region(path: Path, error: OSError) -> OSError:

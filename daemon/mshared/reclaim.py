@@ -23,7 +23,7 @@ from msharefs.protocol import ANCHOR_PAGES
 log = logging.getLogger(__name__)
 
 _SYS_PIDFD_GETFD: Final = 438
-_PATIENCE: Final = 3.0
+_PATIENCE: Final = 1.0
 _LOOK_INTERVAL: Final = 0.002
 """Seconds for a child to be there once all is read, and between two looks for it."""
 _MARK: Final = ANCHOR_PAGES - 2
@@ -80,9 +80,20 @@ def children(
             if found is not None or not Uffd(fd).is_alive():
                 waiting.remove(fd)
         if time.monotonic() > until:
-            log.error("%d forked processes cannot be told apart: their holes are memory now", len(waiting))
+            yield from ((fd, relative) for fd in waiting if (relative := _only_relative(Uffd(fd), known)) is not None)
             return
         time.sleep(_LOOK_INTERVAL)
+
+
+def _only_relative(uffd: Uffd, known: dict[Address, list[LiveAttachment]]) -> LiveAttachment | None:
+    """Whose child it must be, although no process shows it, since nobody else has such an anchor."""
+    for anchor, relatives in known.items():
+        if _has_any(uffd, [AddrRange.sized(anchor, PAGE_SIZE)]):
+            if len({(each.region.model.id, each.model.window) for each in relatives}) == 1:
+                log.info("%s: an unknown process was forked when the daemon ended", relatives[0])
+                return relatives[0]
+            log.error("%s: a forked process cannot be told from others; its holes are memory now", relatives[0])
+    return None
 
 
 def _has_any(uffd: Uffd, anchors: Iterable[AddrRange]) -> bool:

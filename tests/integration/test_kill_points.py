@@ -1,8 +1,9 @@
 """The daemon killed again and again, at points between deciding, writing down and doing, under a random workload.
 
 Two processes change a family of regions: stores, changes of mappings, forks, ends, files. The daemon kills itself at
-the n-th point it comes to, n being drawn anew for each life, and the next one starts. No call may fail for that, and
-nothing may be seen that the calls do not explain: after each death all pages of all regions are looked at, by checksum.
+the n-th point it comes to, n being drawn anew for each life, or is killed at some moment, and the next one starts. No
+call may fail for that, and nothing may be seen that the calls do not explain: after each death all pages of all regions
+are looked at, by checksum.
 KILL_POINTS is how many deaths there are, KILL_SEED has a run happen again, as far as that depends on us.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import select
@@ -30,9 +32,14 @@ PLACES = [0, 1, 2, 3, 510, 511, 512, 513]
 """Pages of a region that are used: its first ones, and those around the border of 2 MiB."""
 SIZE = 4 * MIB
 MOST_REGIONS = 4
+_AT_A_POINT = 0.75
+_MOMENTS = 0.02, 0.7
+"""How many deaths are at a point, and when the others are, in seconds after the start."""
 
 HELPERS = """
 import zlib
+import mshare.connection
+mshare.connection.PATIENCE = 60  # Several die one after the other, before they are ready.
 from mmap import *
 R = {}
 def sums(number, pages):
@@ -63,16 +70,21 @@ class Lives:
     def start(self) -> None:
         """The next one; it may be killed before it is ready."""
         at = self.random.choice((self.random.randint(1, 12), self.random.randint(1, 60), self.random.randint(1, 250)))
+        at_a_point = self.random.random() < _AT_A_POINT
+        self._until = math.inf if at_a_point else time.monotonic() + self.random.uniform(*_MOMENTS)
         arguments = ["--mount", str(self.daemon.mount), "--state-dir", str(self.daemon.state)]
         assert self._zygote.stdin is not None
         assert self._zygote.stdout is not None
-        self._zygote.stdin.write(json.dumps([arguments, {"MSHARED_KILL_AT": str(at)}]) + "\n")
+        env = {"MSHARED_KILL_AT": str(at)} if at_a_point else {}
+        self._zygote.stdin.write(json.dumps([arguments, env]) + "\n")
         self._zygote.stdin.flush()
         self.pid = int(self._zygote.stdout.readline())
         self._pidfd = os.pidfd_open(self.pid)
 
     def restart_if_dead(self) -> bool:
         """Whether it had died."""
+        if time.monotonic() > self._until:
+            self._kill()
         if not select.select([self._pidfd], [], [], 0)[0]:
             return False
         os.close(self._pidfd)
@@ -80,11 +92,14 @@ class Lives:
         self.start()
         return True
 
-    def close(self) -> None:
-        """End it, and what starts it."""
+    def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         select.select([self._pidfd], [], [], PATIENCE)
+
+    def close(self) -> None:
+        """End it, and what starts it."""
+        self._kill()
         os.close(self._pidfd)
         self._zygote.stdin.close()  # type: ignore[union-attr]
         self._zygote.wait(PATIENCE)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Client, Daemon, mounts_below
+from hugepages import GIB, need_memory
 
 MIB, PAGE = 1 << 20, 4096
 SIGBUS, SIGSEGV = 7, 11
@@ -394,3 +395,39 @@ def test_an_ordinary_users_daemon_does_the_same(
     other = client(daemon, uid=user)
     other.do("r = mshare.mshare('r', None, 0, RW)")
     assert other.ask("(r.buf[0], r.buf[MIB])") == [5, 6]
+
+
+class TestHugePages:
+    """Regions of hugetlb memory, and the pool that a daemon has raised for them."""
+
+    @pytest.fixture
+    def daemon(self, start_daemon: Callable[..., Daemon]) -> Daemon:
+        need_memory(GIB)
+        return start_daemon("--hugetlb-pool", "1G")
+
+    def test_contents_forks_and_hidden_pages_are_there(self, daemon: Daemon, client: Callable[..., Client]) -> None:
+        c = client()
+        c.do(f"{CONSTANTS}; H = 2 * MIB; r = mshare.mshare('r', None, GIB, CREATE, backing='hugetlb', empty=True)")
+        c.do("r.mmap(8 * H, offset=0); r.buf[0] = 1; r.buf[H] = 2; r.buf[2 * H] = 3")
+        c.do("r.mprotect(H, H, PROT_NONE); r.fork('s'); r.buf[0] = 4")
+        killed(daemon)
+        c.do("s = mshare.mshare('s', 0x6000_0000_0000, 0, RW); r.mprotect(H, H, PROT_READ | PROT_WRITE)")
+        assert c.ask("(r.buf[0], r.buf[H], r.buf[2 * H], s.buf[0], s.buf[2 * H])") == [4, 2, 3, 1, 3]
+        assert c.ask("fork('r.buf[9 * H]')") == -SIGBUS
+        killed(daemon)
+        c.do("s.mprotect(H, H, PROT_READ)")
+        assert c.ask("(r.buf[0], s.buf[0], s.buf[H])") == [4, 1, 2]
+        c.do("mshare.mshare_unlink('s'); mshare.mshare_unlink('r')")
+
+    def test_what_the_pool_was_raised_by_is_given_back_by_the_last(
+        self, daemon: Daemon, client: Callable[..., Client]
+    ) -> None:
+        note = daemon.state / "hugetlb-pool"
+        c = client()
+        c.do("r = mshare.mshare('r', None, GIB, CREATE, backing='hugetlb', empty=True); r.mmap(2 * MIB, offset=0)")
+        assert note.read_text() == "512"
+        killed(daemon)
+        assert note.read_text() == "512"
+        c.do("r.detach()")
+        assert daemon.stop() == 0
+        assert not note.exists()
