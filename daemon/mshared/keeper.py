@@ -88,11 +88,12 @@ def start(directory: Path, lock: int) -> Keeper:
     (directory / name).chmod(0o600)
     listener.listen()
     daemon = os.pidfd_open(os.getpid())
+    words = _words()
     pid = _python.syscall(_SYS_CLONE, _CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
         try:
             gc.disable()  # What it has of the daemon's objects must never close anything.
-            _keep(directory, name, listener, daemon, lock)
+            _keep(directory, name, listener, daemon, lock, words)
         finally:
             os._exit(0)
     if pid < 0:
@@ -101,12 +102,15 @@ def start(directory: Path, lock: int) -> Keeper:
     return Keeper(pid, name, os.pidfd_open(pid), directory / name, listener, daemon)
 
 
-def _keep(directory: Path, name: str, listener: socket.socket, daemon: int, lock: int) -> None:
-    """Wait for the daemon's end, then for the next daemon."""
+def _keep(directory: Path, name: str, listener: socket.socket, daemon: int, lock: int, words: tuple[int, int]) -> None:
+    """Wait for the daemon's end, then for the next daemon.
+
+    Until the daemon has ended nothing is opened here: if this process is killed then, it would stay open there.
+    """
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    _rename(b"mshared-keeper")
+    _rename(b"mshared-keeper", *words)
     os.chdir("/")
     ended = select.poll()
     ended.register(daemon, select.POLLIN)
@@ -120,11 +124,16 @@ def _keep(directory: Path, name: str, listener: socket.socket, daemon: int, lock
             return
 
 
-def _rename(name: bytes) -> None:
-    """Have a name of one's own in ps(1): nobody shall take this process for the daemon."""
-    libc.call("prctl", _PR_SET_NAME, name, 0, 0, 0)
+def _words() -> tuple[int, int]:
+    """The addresses where the words of our command line start and end."""
     stat = Path("/proc/self/stat").read_bytes()
     start, end = map(int, stat[stat.rindex(b")") + 2 :].split()[_ARGUMENTS])
+    return start, end
+
+
+def _rename(name: bytes, start: int, end: int) -> None:
+    """Have a name of one's own in ps(1): nobody shall take this process for the daemon."""
+    libc.call("prctl", _PR_SET_NAME, name, 0, 0, 0)
     if end - start > len(name):
         ctypes.memset(start, 0, end - start)
         ctypes.memmove(start, name, len(name))
