@@ -297,7 +297,7 @@ class TestDaemon:
         assert daemon.stop() == 0
         assert pool_size() == size
 
-    def test_pages_that_are_in_use_then_leave_with_their_user(
+    def test_pages_that_are_in_use_then_stay_for_the_next_one_and_leave_with_it(
         self, start_daemon: Callable[..., Daemon], client: Start, eventually: Eventually
     ) -> None:
         need_memory(GIB)
@@ -306,9 +306,12 @@ class TestDaemon:
         c = client(daemon)
         c.do("r = mshare.mshare('x', None, GIB, CREATE, backing='hugetlb'); r.buf[0] = 5")
         assert daemon.stop() == 0
-        assert pool_size() == size
         assert c.ask("(r.buf[0], r.buf[GIB - 1])") == [5, 0]
+        daemon.restart()
+        assert c.ask("(r.buf[0], r.stat().attached)") == [5, 1]
         c.kill()
+        assert daemon.stop() == 0
+        assert pool_size() == size
         eventually(lambda: pool() == was)
 
     def test_too_much_is_refused_and_nothing_changes(self, tmp_path: Path) -> None:
