@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from mshared import control, fs, hugetlb, journal, keeper, mounts, places, recovery, uffd
+from mshared import control, fs, fuse_loop, hugetlb, journal, keeper, mounts, places, recovery, uffd
 from mshared.backing import BackingStore, MemfdStore, MountedStore
 from mshared.book import Book
 from mshared.changes import Changes
@@ -244,7 +244,7 @@ def _background(config: Config, service: Service, pager: Pager, upkeep: Upkeep) 
 
 async def _fuse_until_unmounted(scope: trio.CancelScope) -> None:
     """Serve FUSE; when somebody unmounts us there is nothing left to serve."""
-    await fs.serve()
+    await fuse_loop.serve()
     log.warning("unmounted from outside: stopping")
     scope.cancel()
 
@@ -370,13 +370,13 @@ def _listener(path: Path) -> Iterator[object]:
 @contextlib.contextmanager
 def _mounted(tree: fs.MshareFs, mount: Path) -> Iterator[None]:
     try:
-        fs.initialize(tree, mount, everybody=os.geteuid() == 0)
+        fuse_loop.initialize(tree, mount, everybody=os.geteuid() == 0)
     except RuntimeError as error:
         raise StartError(f"cannot mount at {mount}: {error}; `mshare doctor` says what this machine lacks") from error
     try:
         yield
     finally:
-        fs.shut_down()
+        fuse_loop.shut_down()
 
 
 def _raise_descriptor_limit() -> None:

@@ -16,7 +16,6 @@ import stat
 import struct
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import attrs
@@ -351,21 +350,3 @@ class MshareFs(pyfuse3.Operations):
             "stat": lambda: dump.stat_text(stats),
         }
         return render[which]().encode("utf-8", "surrogateescape")
-
-
-def initialize(fs: MshareFs, mount: Path, *, everybody: bool) -> None:
-    """Mount. With ``everybody`` other users may use it too, as far as modes allow. Raises RuntimeError."""
-    options = {*pyfuse3.default_options, "fsname=msharefs", "subtype=msharefs", "default_permissions"}
-    if everybody:
-        options.add("allow_other")
-    pyfuse3.init(fs, str(mount), options)
-
-
-async def serve() -> None:
-    """Serve requests until cancelled."""
-    await pyfuse3.main()
-
-
-def shut_down() -> None:
-    """Unmount."""
-    pyfuse3.close(unmount=True)

@@ -76,3 +76,28 @@ if pid == 0:
     watcher.do("again.detach(); mshare.mshare_unlink(r.name)")
     other.kill_all()
     watcher.kill_all()
+
+
+TOLD_IN_VAIN = """
+import random, trio
+wait = trio.lowlevel.wait_readable
+async def wait_sometimes(fd):
+    if os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse" and random.random() < 0.5:
+        return await trio.lowlevel.checkpoint()
+    await wait(fd)
+trio.lowlevel.wait_readable = wait_sometimes
+"""
+"""Has the daemon believe that there is something to be read."""
+
+
+def test_what_is_taken_back_does_not_stop_the_daemon(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str
+) -> None:
+    """The kernel takes back what a killed process has asked the mount, though the daemon was told of it already."""
+    daemon = start_daemon(prelude=TOLD_IN_VAIN)
+    c = client(daemon)
+    c.do(f"r = mshare.mshare({name!r}, None, 2 * MIB, CREATE)")
+    for _ in range(20):
+        c.do(f"os.stat({str(daemon.mount / name)!r})")
+        assert c.ask("r.stat().attached") == 1
+    c.do("mshare.mshare_unlink(r.name)")
