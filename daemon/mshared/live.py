@@ -319,13 +319,14 @@ class LiveRegion:
         """Bring the tables up to date with what the kernel has filled by itself.
 
         It only adds, and what is punched is taken out of the tables: while these have not changed and the backing has
-        as much memory as it had, it has the same.
+        as much memory as it had, it has the same. But memory counts before it shows, while the kernel zeroes it.
         """
         mm, size = self.model.mm, resident(self.backing.fd)
         if self._refreshed != (mm.table.changes, size):
             present = self.held_where_mapped(self.backing.fd, self.mapped())
             mm.sync((part.moved(mm.ar.start) for part in present), huge=self.backing.kind is not BackingKind.SMALL)
-            self._refreshed = mm.table.changes, size
+            all_shows = sum(part.size for part in present) == size
+            self._refreshed = (mm.table.changes, size) if all_shows else None
 
     def reserve(self, ar: AddrRange, *, hidden: bool = False) -> None:
         """Have memory promised for what is mapped in the host range ``ar``. Raises NoMemoryError.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mshared import live
 from mshared.backing import MemfdStore
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.sparse import extents
@@ -96,3 +97,15 @@ def test_lines_of_the_log_start_with_region_and_process(namespace: Namespace, re
     assert str(attachment) == "region it pid 4321"
     namespace.remove(region.model, Credentials(0, 0))
     assert str(attachment) == f"region {region.model.id} pid 4321"
+
+
+def test_memory_that_counts_before_it_shows_is_found_when_it_does(
+    region: LiveRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel counts a page, then zeroes it, and only then says that it is there."""
+    os.pwrite(region.backing.fd, b"x", 0)
+    monkeypatch.setattr(live, "resident", lambda _fd: 2 * PAGE_SIZE)
+    region.refresh_tables()
+    os.pwrite(region.backing.fd, b"y", PAGE_SIZE)
+    region.refresh_tables()
+    assert region.model.mm.table.resident == 2 * PAGE_SIZE
