@@ -282,7 +282,8 @@ def soak(seconds: float, processes: int, seed: int) -> int:
         left = daemon.descriptors() - before
         bad = bool(found.errors) or "Traceback" in log or "ERROR" in log or daemon.stop() != 0
         if bad:
-            sys.stdout.write(log[-4000:])
+            first = log.find("Traceback")
+            sys.stdout.write(log[max(0, first - 500) : first + 4000] if first >= 0 else log[-4000:])
         sys.stdout.write(f"descriptors of the daemon, more than before: {left}\n")
         return int(bad)
     finally:
