@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mshared import apply
@@ -25,7 +25,7 @@ class FakeUffd:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.errors: dict[str, list[int]] = {}
+        self.errors: dict[str, Iterator[int]] = {}
         self.comes: int | None = None
         """How many bytes a copy brings, if not all."""
 
@@ -62,11 +62,8 @@ class FakeUffd:
         self._note("hand over", ar, taker, arming)
 
     def _note(self, name: str, *args: object) -> None:
-        if self.errors.get(name):
-            number = self.errors[name].pop(0)
-            if not number:
-                self.calls.append((name, *args))
-                return
+        number = next(self.errors.get(name, iter(())), 0)
+        if number:
             raise OSError(number, os.strerror(number))
         self.calls.append((name, *args))
 
@@ -101,5 +98,11 @@ def calls(attachment: LiveAttachment) -> list[tuple[Any, ...]]:
 
 
 def fail(attachment: LiveAttachment, call: str, *numbers: int) -> None:
+    """Have the next calls of that name end like that; 0: well."""
+    fail_for(attachment, call, iter(numbers))
+
+
+def fail_for(attachment: LiveAttachment, call: str, numbers: Iterator[int]) -> None:
+    """The same, by whatever comes; after the last they end well."""
     uffd: Any = attachment.uffd
-    uffd.errors[call] = list(numbers)
+    uffd.errors[call] = numbers

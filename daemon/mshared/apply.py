@@ -16,8 +16,9 @@ import attrs
 from mshared import records as rec
 from mshared import refpages, refusals, sparse, table_sharing
 from mshared.crowd import do_for_all
+from mshared.insisting import insist
 from mshared.live import LiveAttachment, LiveRegion
-from mshared.uffd import Outcome, attempt, insist, outcome_of
+from mshared.uffd import Outcome, attempt, outcome_of
 from msharefs import clean_pages, protocol
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (

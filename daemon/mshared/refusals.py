@@ -28,8 +28,9 @@ import trio
 
 from mshared import comparing, files, forks, processes
 from mshared import records as rec
+from mshared.insisting import insist
 from mshared.live import LiveAttachment, LiveRegion
-from mshared.uffd import Outcome, Uffd, attempt, insist
+from mshared.uffd import Outcome, Uffd, attempt
 from msharefs import clean_pages
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import Bring, FillPattern, Signal, ZeroFill

@@ -19,7 +19,7 @@ from typing import Final
 from mshared import libc
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
-from msharefs.errors import BadDescriptorError, InternalError
+from msharefs.errors import BadDescriptorError
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _SELDOM: Final = 10.0
 """Seconds between two warnings of the same."""
 
-_MOST_TRIES: Final = 10_000
 _MESSAGES: Final = 14
 """Read at once; with more, Python's memory for them comes from elsewhere, and takes longer."""
 
@@ -94,16 +93,6 @@ def outcome_of(whose: object, error: OSError) -> Outcome:
     if outcome in (Outcome.GONE, Outcome.UNMAPPED):
         log.debug("%s: %s (%s)", whose, outcome.value, error.strerror)
     return outcome
-
-
-def insist(whose: object, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
-    """The same; while the address space is being forked the kernel wants that to be read first."""
-    for _ in range(_MOST_TRIES):
-        outcome = attempt(whose, ioctl)
-        if outcome is not Outcome.RETRY:
-            return outcome
-        read_events()
-    raise InternalError(f"{whose}: the kernel asks to wait for ever")
 
 
 class Uffd:

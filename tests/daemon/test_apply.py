@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import subprocess
+import time
 from collections.abc import Iterator
+from signal import SIGKILL
 
 import pytest
-from fake_kernel import ELSEWHERE, TID, World, calls, fail, pages
+from fake_kernel import ELSEWHERE, TID, World, calls, fail, fail_for, pages
 
 from mshared import apply
 from mshared.live import LiveAttachment
@@ -117,10 +121,35 @@ class TestArm:
         assert calls(forking) == calls(other) == [("arm", pages(2), Arming.WP)]
         assert calls(children[0])[-1] == ("arm", pages(2), Arming.WP)
 
-    def test_a_kernel_that_asks_for_ever_is_our_mistake(self, world: World) -> None:
-        fail(world.attach(), "arm", *[errno.EAGAIN] * 20_000)
-        with pytest.raises(InternalError, match="region it pid 4321: the kernel asks to wait for ever"):
+    def test_a_fork_may_take_its_time(self, world: World) -> None:
+        """The thread that forks may not get a processor for long: that is tens of thousands of tries in a row."""
+        forking, other = world.attach(), world.attach()
+        until = time.monotonic() + 0.5
+        fail_for(
+            forking, "arm", itertools.takewhile(lambda _: time.monotonic() < until, itertools.repeat(errno.EAGAIN))
+        )
+        world.carry_out(Arm(pages(2), Arming.WP))
+        assert time.monotonic() >= until
+        assert calls(forking) == calls(other) == [("arm", pages(2), Arming.WP)]
+
+    def test_whose_fork_never_ends_is_killed_and_the_others_are_armed(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mshared.insisting.PATIENCE", 0.05)
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as hostile:
+            stuck, other = world.attach(pid=hostile.pid), world.attach()
+            fail_for(stuck, "arm", itertools.repeat(errno.EAGAIN))
             world.carry_out(Arm(pages(2), Arming.WP))
+            assert hostile.wait() == -SIGKILL
+        assert calls(other) == [("arm", pages(2), Arming.WP)]
+
+    def test_a_child_nobody_knows_whose_fork_never_ends_is_told_of(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("mshared.insisting.PATIENCE", 0.05)
+        fail_for(world.attach(pid=None), "arm", itertools.repeat(errno.EAGAIN))
+        world.carry_out(Arm(pages(2), Arming.WP))
+        assert "its fork does not end" in caplog.text
 
     def test_an_attachment_that_ends_meanwhile_is_none_any_more(self, world: World) -> None:
         dying, other = world.attach(), world.attach()

@@ -457,18 +457,6 @@ def test_a_page_that_changes_hands_stays_protected_and_who_waits_goes_on_waiting
     apart(work)
 
 
-def test_whoever_is_asked_to_wait_reads_events_first() -> None:
-    tries: list[str] = []
-
-    def ioctl() -> None:
-        tries.append("try")
-        if len(tries) < 4:
-            raise BlockingIOError(errno.EAGAIN, "wait")
-
-    assert uffd.insist("it", ioctl, lambda: tries.append("read")) is Outcome.SERVED
-    assert tries == ["try", "read", "try", "read", "try"]
-
-
 def test_the_api_is_opened_once() -> None:
     mine = uffd.new(None)
     try:

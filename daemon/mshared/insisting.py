@@ -1,0 +1,52 @@
+"""Having an address space follow although it is being forked: until fork(2) has come to its end the kernel refuses.
+
+The end takes as long as the forking process waits for its events to be read, and for a processor: on a busy machine, or
+under a small quota of processor time, that can be half a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from signal import SIGKILL
+from typing import Final
+
+from mshared.live import LiveAttachment
+from mshared.uffd import Outcome, attempt
+
+log = logging.getLogger(__name__)
+
+PATIENCE: Final = 5.0
+"""Seconds until a process is given up: it has userfaultfds of its own, and does not read what they report."""
+_LONGEST_PAUSE: Final = 0.001
+
+
+def insist(attachment: LiveAttachment, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
+    """Run an ioctl on a client's address space; while that is being forked, read events and try again.
+
+    Faults of others are served meanwhile, as far as ``read_events`` does that. Who does not come to an end is killed:
+    it could go on to store to what the others see protected.
+    """
+    outcome = attempt(attachment, ioctl)
+    until, pause = time.monotonic() + PATIENCE, 0.0
+    while outcome is Outcome.RETRY:
+        read_events()
+        time.sleep(pause)
+        pause = min(2 * pause + 0.00001, _LONGEST_PAUSE)
+        outcome = attempt(attachment, ioctl)
+        if outcome is Outcome.RETRY and time.monotonic() > until:
+            return _give_up(attachment)
+    return outcome
+
+
+def _give_up(attachment: LiveAttachment) -> Outcome:
+    pid = attachment.model.pid
+    log.error("%s: its fork does not end, and a change cannot reach it; %s", attachment, "killed" if pid else "unknown")
+    if pid is None:
+        return Outcome.RETRY
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, SIGKILL)
+    return Outcome.GONE
