@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 5.0
 """Seconds until a process is given up: it has userfaultfds of its own, and does not read what they report."""
-_LONGEST_PAUSE: Final = 0.001
 
 
 def insist(attachment: LiveAttachment, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
@@ -31,11 +30,10 @@ def insist(attachment: LiveAttachment, ioctl: Callable[[], None], read_events: C
     it could go on to store to what the others see protected.
     """
     outcome = attempt(attachment, ioctl)
-    until, pause = time.monotonic() + PATIENCE, 0.0
+    until = time.monotonic() + PATIENCE
     while outcome is Outcome.RETRY:
         read_events()
-        time.sleep(pause)
-        pause = min(2 * pause + 0.00001, _LONGEST_PAUSE)
+        os.sched_yield()  # No sleep: of a process that forks again and again it would miss the moments in between.
         outcome = attempt(attachment, ioctl)
         if outcome is Outcome.RETRY and time.monotonic() > until:
             return _give_up(attachment)
