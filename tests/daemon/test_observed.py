@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import attrs
@@ -146,3 +147,9 @@ class TestTrace:
         before = time.monotonic_ns()
         trace.after(0)
         assert trace.until >= before + TRACE_PATIENCE_NS
+
+
+def test_the_protocol_tells_how_long_a_trace_lasts() -> None:
+    """As docs/protocol.md has it."""
+    text = (Path(__file__).parent.parent.parent / "docs/protocol.md").read_text()
+    assert f"at least every {TRACE_PATIENCE_NS // 10**9} seconds, and keeps the last {MOST_EVENTS};" in text
