@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import Client, Daemon
 
-CYCLES = int(os.environ.get("MSHAREFS_CYCLES", "2000"))
+CYCLES = int(os.environ.get("MSHAREFS_CYCLES", "10000"))
+ROUNDS = 20
+"""In which they are done, after one that warms up."""
 MIB = 1 << 20
 SLACK = 6 * MIB
 """What an allocator may keep, whatever the number of cycles."""
@@ -30,13 +32,13 @@ def lone(start_daemon: Callable[..., Daemon]) -> Daemon:
 
 
 @pytest.mark.parametrize(
-    ("cycle", "share"),
+    ("cycle", "share", "processes"),
     [
-        ("mshare.mshare('it', 0x6000_0000_0000, 0, RW).detach()", 1),
-        ("mine = mshare.mshare('mine', None, 2 * MIB, CREATE); mine.buf[0] = 1; mshare.mshare_unlink('mine')", 5),
-        ("it.mprotect(0, PAGE, 1); it.mprotect(0, PAGE, 3)", 1),
-        ("connect(find_mount()).forget(); it.stat()", 5),
-        ("(find_mount() / '.regions/it/stat').read_text()", 5),
+        ("mshare.mshare('it', 0x6000_0000_0000, 0, RW).detach()", 1, 4),
+        ("mine = mshare.mshare('mine', None, 2 * MIB, CREATE); mine.buf[0] = 1; mshare.mshare_unlink('mine')", 25, 1),
+        ("it.mprotect(0, PAGE, 1); it.mprotect(0, PAGE, 3)", 5, 1),
+        ("connect(find_mount()).forget(); it.stat()", 25, 1),
+        ("(find_mount() / '.regions/it/stat').read_text()", 25, 1),
     ],
     ids=["attach", "create", "protect", "connect", "look"],
 )
@@ -46,19 +48,29 @@ def test_cycles(
     client: Callable[..., Client],
     cycle: str,
     share: int,
+    processes: int,
     eventually: Callable[[Callable[[], bool]], None],
 ) -> None:
-    """Once it has warmed up, they take no more memory, and no descriptor. Of what takes long a share is enough."""
-    c, cycles = client(lone), CYCLES // share
-    c.do("it = mshare.mshare('it', None, 4 * MIB, CREATE)")
-    c.do(f"def go(n):\n    for _ in range(n): {cycle}")
-    c.do(f"go({cycles // 10})")
+    """Once it has warmed up, they take no more memory, and no descriptor.
+
+    Of what takes long a share is enough; attaching and detaching several processes do at the same time.
+    """
+    clients, some = [client(lone) for _ in range(processes)], CYCLES // share // processes // ROUNDS
+    clients[0].do("it = mshare.mshare('it', None, 4 * MIB, CREATE)")
+
+    def go() -> None:
+        for c in clients:
+            c.send(do=f"for _ in range({some}): {cycle}")
+        for c in clients:
+            c.receive()
+
+    go()
     descriptors, before = lone.descriptors(), memory(lone)
-    for _ in range(10):
-        c.do(f"go({cycles // 10})")
+    for _ in range(ROUNDS):
+        go()
     eventually(lambda: lone.descriptors() <= descriptors)
     grown = memory(lone) - before
-    sys.stdout.write(f"{cycles} cycles took {grown} bytes\n")
+    sys.stdout.write(f"{ROUNDS * some * processes} cycles took {grown} bytes\n")
     assert grown < SLACK
 
 
