@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import attrs
@@ -37,12 +37,12 @@ class KernelFacts:
 
 
 def region_name(region: Region) -> RegionName:
-    """The line of a listing. Preconditions: the region has a name."""
+    """The line of a listing. Preconditions: the region has a name, or is a file's."""
     return RegionName(
-        name=region.name or "",
+        name=region.title,
         address=region.ar.start,
         size=region.ar.size,
-        backing=region.backing,
+        backing=_backing(region),
         uid=region.owner.uid,
         gid=region.owner.gid,
         mode=region.owner.mode,
@@ -60,7 +60,7 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         name=region.title,
         address=region.ar.start,
         size=region.ar.size,
-        backing="file" if region.file is not None and region.file.resident else region.backing,
+        backing=_backing(region),
         uid=region.owner.uid,
         gid=region.owner.gid,
         mode=region.owner.mode,
@@ -89,6 +89,10 @@ def region_stat(region: Region, facts: KernelFacts) -> RegionStat:
         huge_bytes=facts.huge,
         notes=notes,
     )
+
+
+def _backing(region: Region) -> str:
+    return "file" if region.file is not None and region.file.resident else region.backing
 
 
 def sharing(region: Region) -> str:
@@ -213,21 +217,24 @@ def stat_text(stat: RegionStat) -> str:
     return "".join(lines)
 
 
-def metrics_text(stats: Iterable[RegionStat]) -> str:
-    """All regions in Prometheus' text format."""
-    stats = list(stats)
-    lines = ["# TYPE msharefs_regions gauge\n", f"msharefs_regions {len(stats)}\n"]
+def metrics_text(regions: Sequence[RegionStat], files: Sequence[RegionStat] = ()) -> str:
+    """All regions, and all files that are shared without a name, in Prometheus' text format."""
+    return "".join((*_metrics_of("region", regions), *_metrics_of("file", files)))
+
+
+def _metrics_of(what: str, stats: Sequence[RegionStat]) -> Iterator[str]:
+    yield f"# TYPE msharefs_{what}s gauge\nmsharefs_{what}s {len(stats)}\n"
     for metric, kind, field in _METRICS:
-        lines.append(f"# TYPE msharefs_region_{metric} {kind}\n")
-        lines += [f'msharefs_region_{metric}{{region="{_label(s)}"}} {getattr(s, field)}\n' for s in stats]
-    lines.append("# TYPE msharefs_region_fault_seconds histogram\n")
+        yield f"# TYPE msharefs_{what}_{metric} {kind}\n"
+        for stat in stats:
+            yield f'msharefs_{what}_{metric}{{{what}="{_label(stat)}"}} {getattr(stat, field)}\n'
+    yield f"# TYPE msharefs_{what}_fault_seconds histogram\n"
     for stat in stats:
-        lines += _histogram_lines(stat)
-    return "".join(lines)
+        yield from _histogram_lines(what, stat)
 
 
-def _histogram_lines(stat: RegionStat) -> Iterator[str]:
-    name, label, seen = "msharefs_region_fault_seconds", f'region="{_label(stat)}"', 0
+def _histogram_lines(what: str, stat: RegionStat) -> Iterator[str]:
+    name, label, seen = f"msharefs_{what}_fault_seconds", f'{what}="{_label(stat)}"', 0
     for bound, count in zip_longest((*histogram.BOUNDS, None), stat.fault_buckets, fillvalue=0):
         seen += count
         yield f'{name}_bucket{{{label},le="{"+Inf" if bound is None else bound / 1e9}"}} {seen}\n'

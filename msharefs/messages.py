@@ -298,9 +298,13 @@ class Msync:
 
 @attrs.frozen
 class GetList:
-    """Client: list the regions of the mount. ``after``: those whose names come later."""
+    """Client: list the regions of the mount. ``after``: those whose names come later.
+
+    ``files``: instead of them the files that processes share without a name, each called as in /proc/PID/maps.
+    """
 
     after: str | None = None
+    files: bool = False
 
 
 @attrs.frozen
@@ -351,7 +355,7 @@ class Maps:
 
 @attrs.frozen
 class Listing:
-    """Daemon: the regions of the mount, by name; ``more`` when not all fit into a packet."""
+    """Daemon: the regions of the mount, or the files, by name; ``more`` when not all fit into a packet."""
 
     regions: tuple[RegionName, ...]
     more: bool = False

@@ -86,7 +86,11 @@ class Vma:
 
 @attrs.frozen
 class RegionName:
-    """One line of a listing: what the mount's directory shows anybody, and the number of attached processes."""
+    """One line of a listing: what the mount's directory shows anybody, and the number of attached processes.
+
+    Of a file that is shared without a name, ``name`` is its device and inode, as in /proc/PID/maps, ``backing`` is
+    ``file`` where its own pages are mapped, and ``mode`` says who may read what is told about it.
+    """
 
     name: str
     address: int

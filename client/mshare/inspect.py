@@ -18,11 +18,21 @@ from msharefs.protocol import Heat, Refusal, RegionName, RegionStat, TraceEvent,
 
 def regions(mount: Mount = None) -> list[RegionName]:
     """The regions of a mount, by name. Raises OSError."""
+    return _listed(mount, files=False)
+
+
+def files(mount: Mount = None) -> list[RegionName]:
+    """The files that processes share without a name (``mshare.mmap``), by device and inode. Raises OSError."""
+    return _listed(mount, files=True)
+
+
+def _listed(mount: Mount, *, files: bool) -> list[RegionName]:
     link = connect(find_mount(mount))
     found: list[RegionName] = []
     more = True
     while more:
-        reply = link.call(protocol.GetList(after=found[-1].name if found else None), protocol.Listing)
+        after = found[-1].name if found else None
+        reply = link.call(protocol.GetList(after, files), protocol.Listing)
         found += reply.regions
         more = reply.more
     return found

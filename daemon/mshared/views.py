@@ -23,10 +23,11 @@ class Views:
         self._notes = notes
 
     def listing(self, request: protocol.GetList) -> Answer:
-        """The regions of the mount, as many as one packet takes."""
+        """The regions of the mount, or the files that are shared without a name, as many as one packet takes."""
         self._lifetimes.sweep()
         after = request.after
-        names = [dump.region_name(r) for r in self._namespace if after is None or (r.name or "") > after]
+        shown = sorted(self._namespace.files(), key=lambda r: r.title) if request.files else self._namespace
+        names = [dump.region_name(r) for r in shown if after is None or r.title > after]
         count = protocol.fitting(names)
         return Answer(protocol.Listing(tuple(names[:count]), more=count < len(names)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,30 @@ def test_names_of_any_bytes_are_listed_and_found(cli: Mshare, client: Callable[.
 def test_letters_that_the_locale_lacks_are_escapes(cli: Mshare, client: Callable[..., Any], name: str) -> None:
     client().do(f"r = mshare.mshare({name + '名'!r}, None, 2 << 20, CREATE)")
     assert any(row.startswith(name + r"\u540d ") for row in cli("ls", env={"PYTHONIOENCODING": "latin-1"}).lines)
+
+
+def test_ls_shows_files_that_are_shared_without_a_name(cli: Mshare, client: Callable[..., Any], name: str) -> None:
+    """One of memory, one of a disk; a line each, however many map them, and none among the regions."""
+    memory, disk = (Path(place) / name for place in ("/dev/shm", "/var/tmp"))
+    try:
+        for path in (memory, disk):
+            path.write_bytes(b"x")
+            os.truncate(path, 4 << 20)
+        for c in (client(), client()):
+            for number, path in enumerate((memory, disk)):
+                c.do(f"f = os.open({str(path)!r}, os.O_RDWR); m{number} = mshare.mmap(f, 4 << 20, backing='4k')")
+        found = {row["name"]: row for row in cli("ls", "--files", "--json").json}
+        rows = {row.split()[0]: row.split() for row in cli("ls", "--files").lines[1:]}
+        for path, backing in ((memory, "file"), (disk, "4k")):
+            about = path.stat()
+            key = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+            assert rows[key][2:] == ["4MiB", backing, "root", "r--r--r--", "2"]
+            assert rows[key][1] == f"{found[key]['address']:#x}"
+            assert (found[key]["size"], found[key]["attached"]) == (4 << 20, 2)
+        assert not found.keys() & {region["name"] for region in cli("ls", "--json").json}
+    finally:
+        memory.unlink(missing_ok=True)
+        disk.unlink(missing_ok=True)
 
 
 def test_ls_is_for_everybody(cli: Mshare, client: Callable[..., Any], name: str) -> None:

@@ -58,6 +58,11 @@ def test_regions_are_listed_however_many_packets_it_takes(daemon: Any) -> None:
     ]
 
 
+def test_files_are_asked_for_in_the_same_way(daemon: Any) -> None:
+    daemon.on[protocol.GetList] = lambda request, _fds: protocol.Listing((), more=not request.files)
+    assert inspect.files() == []
+
+
 def test_no_regions_are_an_empty_list(daemon: Any) -> None:
     daemon.on[protocol.GetList] = lambda _request, _fds: protocol.Listing(())
     assert inspect.regions() == []

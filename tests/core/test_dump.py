@@ -313,7 +313,8 @@ def test_stat_has_a_line_for_each_field() -> None:
 def test_metrics_are_those_of_all_regions_by_metric() -> None:
     one = dump.region_stat(region(), FACTS)
     other = attrs.evolve(one, name="b", size=PAGE_SIZE, faults=9)
-    lines = dump.metrics_text([one, other]).splitlines()
+    text, without = dump.metrics_text([one, other]), dump.metrics_text([])
+    lines = text.removesuffix(without[without.index("# TYPE msharefs_files ") :]).splitlines()
     assert lines[:5] == [
         "# TYPE msharefs_regions gauge",
         "msharefs_regions 2",
@@ -325,6 +326,18 @@ def test_metrics_are_those_of_all_regions_by_metric() -> None:
     assert 'msharefs_region_faults_total{region="b"} 9' in lines
     buckets = len(histogram.BOUNDS) + 1
     assert len(lines) == 2 + 8 * 3 + 1 + 2 * (buckets + 2)
+
+
+def test_metrics_of_files_are_the_same_by_their_own_names() -> None:
+    """Device and inode are the label; no sum over regions has them in it."""
+    shown = attrs.evolve(dump.region_stat(region(), FACTS), name="00:1a:77")
+    of_files, of_regions = dump.metrics_text([], [shown]), dump.metrics_text([shown])
+    assert "msharefs_regions 0\n" in of_files
+    assert "msharefs_files 1\n" in of_files
+    told = [line for line in of_regions.splitlines() if "{" in line]
+    assert [line for line in of_files.splitlines() if "{" in line] == [
+        line.replace("_region_", "_file_").replace("{region=", "{file=") for line in told
+    ]
 
 
 def test_latency_is_a_histogram_as_prometheus_has_them() -> None:

@@ -102,6 +102,20 @@ def test_metrics(daemon: Daemon, creator: Client, name: str) -> None:
     assert f'msharefs_region_attached_processes{{region="{name}"}} 1\n' in text
 
 
+def test_metrics_count_files_that_are_shared_without_a_name(
+    daemon: Daemon, client: Callable[..., Client], name: str
+) -> None:
+    c = client()
+    c.do(f"f = os.memfd_create({name!r}); os.ftruncate(f, 2 * MIB); m = mshare.mmap(f, 2 * MIB)")
+    (key,) = os.listdir(daemon.mount / ".regions" / ".files")
+    text = (daemon.mount / ".metrics").read_text()
+    assert "\nmsharefs_files 1\n" in text
+    assert f'msharefs_file_size_bytes{{file="{key}"}} {2 * MIB}\n' in text
+    assert f'msharefs_file_attached_processes{{file="{key}"}} 1\n' in text
+    c.do("m.munmap()")
+    assert "\nmsharefs_files 0\n" in (daemon.mount / ".metrics").read_text()
+
+
 def test_extended_attributes(path: Path) -> None:
     assert sorted(os.listxattr(path)) == [f"user.mshare.{key}" for key in ("attached", "backing", "size", "start")]
     values = {key: os.getxattr(path, f"user.mshare.{key}") for key in ("start", "size", "backing", "attached")}

@@ -60,17 +60,30 @@ def parse_columns(text: str) -> list[int]:
 @click.option("-r", "--reverse", is_flag=True, help="The other way round.")
 @click.option("-o", "--output", type=parse_columns, metavar="COLUMNS", help="These columns, in this order: name,size.")
 @click.option("-n", "--noheadings", is_flag=True, help="No line of titles.")
+@click.option("--files", is_flag=True, help="Files that processes share without a name, instead of regions.")
 @render.json_option
 @click.pass_obj
 def ls(
-    mount: Path | None, *, sort: str, reverse: bool, output: list[int] | None, noheadings: bool, as_json: bool
+    mount: Path | None,
+    *,
+    sort: str,
+    reverse: bool,
+    output: list[int] | None,
+    noheadings: bool,
+    files: bool,
+    as_json: bool,
 ) -> None:
     """List the regions of the mount, as lsipc(1) lists what System V has.
 
     Columns: name, address, size, backing, owner, mode, and how many processes are attached. Numbers sort from the
     largest. Anybody may list; bytes of a name that are no text, and control characters, are shown as escapes.
+
+    --files lists what is mapped with MAP_SHARED_PT. Such a file is called by its device and inode, as in
+    /proc/PID/maps; BACKING is `file` where its own pages are mapped. More about it is in the mount, under
+    .regions/.files, for those whom MODE lets read.
     """
-    found = sorted(inspect.regions(served_mount(mount)), key=_ORDERS[sort], reverse=reverse)
+    listed = inspect.files if files else inspect.regions
+    found = sorted(listed(served_mount(mount)), key=_ORDERS[sort], reverse=reverse)
     if as_json:
         render.print_json(found)
         return
