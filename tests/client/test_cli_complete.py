@@ -52,16 +52,43 @@ def test_each_shell_gets_a_script_that_it_can_read(cli: Mshare, shell: str, tmp_
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_bash_completes_with_the_script(
-    cli: Mshare, daemon: Any, client: Callable[..., Any], name: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("shell", "ask"),
+    [
+        ("bash", 'COMP_WORDS=(mshare stat {0}); COMP_CWORD=2; _mshare_completion mshare; echo "${{COMPREPLY[@]}}"'),
+        ("fish", "complete -C 'mshare stat {0}'"),
+    ],
+    ids=["bash", "fish"],
+)
+def test_a_shell_completes_with_its_script(
+    cli: Mshare,
+    daemon: Any,
+    client: Callable[..., Any],
+    name: str,
+    tmp_path: Path,
+    eventually: Callable[[Callable[[], bool]], None],
+    shell: str,
+    ask: str,
 ) -> None:
+    """As at the prompt: it runs the command that it completes, which asks the daemon, for a second at most."""
     client().do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE)")
-    script = "\n".join(cli("completion", "bash").lines)
+    found = shutil.which(shell)
+    if found is None:
+        pytest.skip(f"no {shell} here to complete anything")
+    script = "\n".join(cli("completion", shell).lines)
     here = tmp_path / "mshare"
     here.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[0] = 'mshare'\nfrom mshare.cli import main\nmain()\n")
     here.chmod(0o755)
-    ask = f"{script}\nCOMP_WORDS=(mshare stat {name[:8]}); COMP_CWORD=2; _mshare_completion mshare\n"
-    ask += 'echo "${COMPREPLY[@]}"'
-    env = {**os.environ, "MSHAREFS": str(daemon.mount), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, env=env, check=True)
-    assert name in done.stdout.split()
+    env = {
+        **os.environ,
+        "MSHAREFS": str(daemon.mount),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+    }
+    command = [found, "--norc" if shell == "bash" else "--no-config", "-c", f"{script}\n{ask.format(name[:8])}"]
+
+    def offered() -> bool:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        return name in done.stdout.split()
+
+    eventually(offered)
