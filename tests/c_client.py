@@ -16,13 +16,14 @@ PATIENCE = 20.0
 _FLAGS = "-std=c11 -O1 -g -Wall -Wextra -Wpedantic -Wshadow -Werror -pthread -fsanitize=undefined -fno-sanitize-recover"
 
 
-def compiled(directory: Path) -> Path:
-    """The program. Skips the test where there is no compiler."""
+def compiled(directory: Path, *more: str) -> Path:
+    """The program, made with more flags. Skips the test where there is no compiler."""
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler (Debian: build-essential)")
     program = directory / "commands"
     sources = [str(ROOT / "client/c/mshare.c"), str(ROOT / "tests/c/commands.c")]
-    subprocess.run(["cc", *_FLAGS.split(), "-I", str(ROOT / "client/c"), *sources, "-o", str(program)], check=True)
+    command = ["cc", *_FLAGS.split(), *more, "-I", str(ROOT / "client/c"), *sources, "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
 
 
@@ -33,6 +34,7 @@ class CClient:
         env = {key: value for key, value in os.environ.items() if key != "MSHAREFS"}
         if mount is not None:
             env["MSHAREFS"] = str(mount)
+        self.program = command
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, preexec_fn=become, bufsize=0

@@ -366,6 +366,12 @@ static int hear(int *fds)
     return count;
 }
 
+static int is_answer(const char *op)
+{
+    struct value value;
+    return answer_has("op", TEXT, &value) && !strcmp(value.text, op);
+}
+
 /* Turn the answer `failed` into errno, and any other than the one that is expected into EPROTO. */
 static int expect(const char *op)
 {
@@ -565,19 +571,25 @@ static int end(int result)
     return result;
 }
 
-/* The opened file of a region, which proves what its mode allows. */
-static int open_ticket(const char *name, int access)
+static int check_name(const char *name)
 {
-    char path[PATH_MAX];
     size_t length = strlen(name);
-    struct sockaddr_un address;
-    int again;
 
     if (length > 255)
         return fail(ENAMETOOLONG, "a region's name has at most 255 bytes, this one %zu", length);
     if (!length || name[0] == '.' || strchr(name, '/') || !strcmp(name, "mshare_info"))
         return fail(EINVAL, "'%s' cannot name a region", name);
-    if (connect_to_daemon(0, &again))
+    return 0;
+}
+
+/* The opened file of a region, which proves what its mode allows. */
+static int open_ticket(const char *name, int access)
+{
+    char path[PATH_MAX];
+    struct sockaddr_un address;
+    int again;
+
+    if (check_name(name) || connect_to_daemon(0, &again))
         return -1;
     if (snprintf(path, sizeof path, "%s/%s", mount_point, name) >= (int)sizeof path)
         return fail(ENAMETOOLONG, "the path of region '%s' is too long", name);
@@ -619,7 +631,7 @@ static int map_window(struct mshare *region, void *at, int backing)
     if (got != MAP_FAILED)
         region->address = got;
     if (got != at)
-        return fail(EINVAL, "%p+%#zx is in use in this process; attach at another address", at, region->size);
+        return fail(EADDRINUSE, "%p+%#zx is in use in this process; use another address", at, region->size);
     got = mmap(NULL, ANCHOR, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (got == MAP_FAILED)
         return fail(errno, "no anchor can be mapped: %s", strerror(errno));
@@ -649,10 +661,10 @@ static int announce(struct mshare *region, uint64_t offer, int device)
     return result ? -1 : number_of("attachment", &region->attachment);
 }
 
-/* Take up the offer in `packet`: map it, have it armed, let this process in. */
+/* Take up the offer in `packet`: map it, have it armed, let this process in. EADDRINUSE: something is in its place. */
 static int enter(struct mshare *region, const int *fds, int count)
 {
-    uint64_t offer, address, size, used;
+    uint64_t offer = 0, address = 0, size = 0, used;
     struct value value;
     char body[64];
     int device = 0;
@@ -679,28 +691,105 @@ static int enter(struct mshare *region, const int *fds, int count)
     return 0;
 }
 
-static int try_to_attach(struct mshare *region, const char *name, void *address, int oflags)
+/* What is asked of mshare_open. */
+struct wish {
+    const char *name;
+    char address[24]; /* as the daemon is told */
+    size_t length;
+    int oflags;
+    mode_t mode;
+};
+
+/* Take up the offer in `packet`; the descriptors that came with it are closed. */
+static int enter_and_close(struct mshare *region, const int *fds, int count)
 {
-    char body[96], where[32] = "null";
-    int fds[FDS_MAX], result, ticket = open_ticket(name, oflags & O_ACCMODE);
+    int result = enter(region, fds, count), number = errno;
+
+    close_all(fds, count);
+    errno = number;
+    return result;
+}
+
+static int try_to_attach(struct mshare *region, const struct wish *wish)
+{
+    char body[128];
+    int fds[FDS_MAX], ticket = open_ticket(wish->name, wish->oflags & O_ACCMODE);
 
     if (ticket < 0)
         return -1;
-    if (address)
-        snprintf(where, sizeof where, "%llu", (unsigned long long)(uintptr_t)address);
-    snprintf(body, sizeof body, "{\"op\":\"attach\",\"addr\":%s,\"length\":0}", where);
+    snprintf(body, sizeof body, "{\"op\":\"attach\",\"addr\":%s,\"length\":%zu}", wish->address, wish->length);
     int count = ask(body, &ticket, 1, fds);
-    result = count < 0 ? -1 : enter(region, fds, count);
-    int number = errno;
-    if (count > 0)
-        close_all(fds, count);
+    int result = count < 0 ? -1 : enter_and_close(region, fds, count), number = errno;
     close(ticket);
     errno = number;
     return result;
 }
 
+/* The umask, read without changing it. */
+static mode_t read_umask(void)
+{
+    char line[256];
+    unsigned mask = 022;
+    FILE *file = fopen("/proc/self/status", "re");
+
+    while (file && fgets(line, sizeof line, file) && sscanf(line, "Umask: %o", &mask) != 1)
+        ;
+    if (file)
+        fclose(file);
+    return (mode_t)mask;
+}
+
+/* 1 if there is such a region already. */
+static int try_to_create(struct mshare *region, const struct wish *wish)
+{
+    char body[2048], quoted[1800];
+    int fds[FDS_MAX], count;
+
+    if (check_name(wish->name) || quote(wish->name, quoted, sizeof quoted))
+        return -1;
+    snprintf(body, sizeof body,
+             "{\"op\":\"create\",\"name\":\"%s\",\"addr\":%s,\"size\":%zu,\"mode\":%u,\"exclusive\":%s,"
+             "\"empty\":false,\"readonly\":%s}",
+             quoted, wish->address, wish->length, (unsigned)(wish->mode & ~read_umask()),
+             wish->oflags & O_EXCL ? "true" : "false", (wish->oflags & O_ACCMODE) == O_RDONLY ? "true" : "false");
+    if ((count = ask(body, NULL, 0, fds)) < 0)
+        return -1;
+    if (is_answer("exists")) {
+        close_all(fds, count);
+        return 1;
+    }
+    if (!enter_and_close(region, fds, count))
+        return 0;
+    if (errno == EADDRINUSE && !strcmp(wish->address, "null"))
+        errno = EAGAIN; /* the daemon's next choice is another */
+    return -1;
+}
+
+static int try_to_open(struct mshare *region, const struct wish *wish)
+{
+    if (wish->oflags & O_CREAT) {
+        int created = try_to_create(region, wish);
+        if (created <= 0)
+            return created;
+    }
+    int result = try_to_attach(region, wish);
+    if (result && errno == ENOENT && wish->oflags & O_CREAT)
+        errno = EAGAIN; /* it went while we looked */
+    return result;
+}
+
 struct mshare *mshare_attach(const char *name, void *address, int oflags)
 {
+    if (oflags & O_CREAT) {
+        fail(EINVAL, "mshare_attach makes no region; use mshare_open");
+        return NULL;
+    }
+    return mshare_open(name, address, 0, oflags, 0);
+}
+
+struct mshare *mshare_open(const char *name, void *address, size_t length, int oflags, mode_t mode)
+{
+    struct wish wish = {name, "null", length, oflags, mode};
     struct mshare *region;
     int access = oflags & O_ACCMODE, result = -1;
 
@@ -708,6 +797,12 @@ struct mshare *mshare_attach(const char *name, void *address, int oflags)
         fail(EINVAL, "a region is opened O_RDONLY or O_RDWR");
         return NULL;
     }
+    if (oflags & ~(O_ACCMODE | O_CREAT | O_EXCL | O_CLOEXEC)) {
+        fail(EINVAL, "oflags %#o has unknown bits; use O_RDONLY or O_RDWR, O_CREAT, O_EXCL", (unsigned)oflags);
+        return NULL;
+    }
+    if (address)
+        snprintf(wish.address, sizeof wish.address, "%llu", (unsigned long long)(uintptr_t)address);
     if (!(region = calloc(1, sizeof *region))) {
         fail(ENOMEM, "no memory");
         return NULL;
@@ -716,7 +811,7 @@ struct mshare *mshare_attach(const char *name, void *address, int oflags)
     region->userfaultfd = -1;
     region->pid = (int)getpid();
     for (int tries = 0; tries < TRIES && result; tries++) {
-        result = try_to_attach(region, name, address, oflags);
+        result = try_to_open(region, &wish);
         if (result && errno != EAGAIN)
             break; /* EAGAIN: its creator is at work, and the daemon has made us wait already */
     }
@@ -726,7 +821,7 @@ struct mshare *mshare_attach(const char *name, void *address, int oflags)
     }
     end(0);
     if (result) {
-        int number = errno;
+        int number = errno == EADDRINUSE ? EINVAL : errno;
         free(region);
         errno = number;
         return NULL;
@@ -815,4 +910,15 @@ int mshare_unlink(const char *name)
             break;
     }
     return end(result);
+}
+
+int mshare_remove(const char *name)
+{
+    char body[2048], quoted[1800];
+
+    if (check_name(name) || quote(name, quoted, sizeof quoted))
+        return -1;
+    begin();
+    snprintf(body, sizeof body, "{\"op\":\"remove\",\"name\":\"%s\"}", quoted);
+    return end(ask_for("done", body, NULL, 0));
 }

@@ -1,8 +1,7 @@
-/* Attach to regions of msharefs, from C and from whatever calls C.
+/* Regions of msharefs, from C and from whatever calls C.
  *
  * Two files, no library but libc: compile mshare.c with your program (cc -pthread). Linux 6.1 or later, x86-64. The
- * daemon `mshared` must run; regions are made from Python, or by the command `mshare create`. docs/protocol.md in the
- * repository tells what passes between the two.
+ * daemon `mshared` must run. docs/protocol.md in the repository tells what passes between the two.
  *
  * Every call sets errno as the kernel's own call would; mshare_message() has the text, with the cure. All are safe to
  * use from several threads. Children of fork(2) inherit windows and count as attached, and may use every call.
@@ -12,6 +11,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -32,9 +32,17 @@ struct mshare {
     struct mshare *next;
 };
 
-/* Attach to the region `name`: `address` NULL is its own address, where it is for everybody; O_RDONLY in `oflags` gives
- * a window that cannot write, else O_RDWR. NULL with errno: ENOENT (no such region, or no daemon), EACCES, EINVAL (the
- * range is in use here, or not aligned), EPROTO. */
+/* Create the region `name`, or attach to it. With O_CREAT in `oflags` it is made if there is none, of `length` bytes of
+ * read-write memory at `address`, NULL for one of the daemon's choice; with O_EXCL, too, it must be new. `mode` less
+ * umask are the permissions of its file. Without O_CREAT, or if there is one: attach to it, at its own address, where it
+ * is for everybody, for `address` NULL; `length` 0, or its own. O_RDONLY gives a window that cannot write, else O_RDWR.
+ * Of what backing its memory is, the daemon decides (`mshared --backing`); `mshare create` and Python let one choose.
+ *
+ * NULL with errno: ENOENT (no such region, or no daemon), EEXIST, EACCES, EINVAL (the range is in use here, or not
+ * aligned; a wrong length, name or flag), ENAMETOOLONG, ENOSPC, ENOMEM, EDQUOT, EPROTO. */
+struct mshare *mshare_open(const char *name, void *address, size_t length, int oflags, mode_t mode);
+
+/* The same without O_CREAT. */
 struct mshare *mshare_attach(const char *name, void *address, int oflags);
 
 /* Unmap the window, end this reference, and free `region`. -1 with errno; the window is gone all the same. */
@@ -44,6 +52,10 @@ int mshare_detach(struct mshare *region);
  * them). The last process to do so ends the region. -1 with errno: ENOENT, EBUSY (others are attached and we are not),
  * EACCES. */
 int mshare_unlink(const char *name);
+
+/* Take the name away at once, whoever is attached, as unlink(2) does; the memory goes with its last window. -1 with errno:
+ * ENOENT, EACCES, EPERM (the mount is sticky, and the region somebody else's). */
+int mshare_remove(const char *name);
 
 /* What the last call of this thread that failed has to say. */
 const char *mshare_message(void);

@@ -51,12 +51,21 @@ static int carry_out(char *line)
     char verb[16] = "", name[1024] = "", mode[8] = "rw";
     int which = 0, byte = -1;
     long offset = 0;
-    unsigned long address = 0;
+    unsigned long address = 0, length = 0;
+    unsigned permissions = 0;
 
     sscanf(line, "%15s", verb);
     if (!strcmp(verb, "attach") && sscanf(line, "%*s %d %1023s %7s %lx", &which, name, mode, &address) >= 2) {
         regions[which] = mshare_attach(name, (void *)address, strcmp(mode, "ro") ? O_RDWR : O_RDONLY);
         answer(!regions[which]);
+    } else if (!strcmp(verb, "open") && sscanf(line, "%*s %d %1023s %7s %lx %lu %o", &which, name, mode, &address,
+                                               &length, &permissions) >= 5) { /* mode: letters of r w c x t */
+        int oflags = (strchr(mode, 'w') ? O_RDWR : O_RDONLY) | (strchr(mode, 'c') ? O_CREAT : 0) |
+                     (strchr(mode, 'x') ? O_EXCL : 0) | (strchr(mode, 't') ? O_TRUNC : 0);
+        regions[which] = mshare_open(name, (void *)address, length, oflags, permissions);
+        answer(!regions[which]);
+    } else if (!strcmp(verb, "remove") && sscanf(line, "%*s %1023s", name) == 1) {
+        answer(mshare_remove(name));
     } else if (!strcmp(verb, "touch") && sscanf(line, "%*s %d %ld %d", &which, &offset, &byte) >= 2) {
         touch(regions[which], offset, byte);
     } else if (!strcmp(verb, "show") && sscanf(line, "%*s %d", &which) == 1) {

@@ -171,6 +171,94 @@ def test_while_a_region_is_being_made_it_asks_again(c: CClient, fake_daemon: Any
     assert left == [0]
 
 
+@pytest.mark.parametrize("level", ["-O0", "-O2"])
+def test_it_compiles_without_a_warning(tmp_path: Path, level: str) -> None:
+    """Some warnings are of the optimiser's; all are errors here."""
+    assert compiled(tmp_path, level, "-fno-sanitize=all").exists()
+
+
+@pytest.mark.usefixtures("creates")
+class TestCreating:
+    @pytest.fixture
+    def creates(self, fake_daemon: Any, offers: Callable[..., None]) -> None:
+        """An attach and a create are both answered by an offer."""
+        offers({})
+        fake_daemon.on[protocol.Create] = fake_daemon.on[protocol.Attach]
+
+    def test_it_asks_for_what_was_asked(self, c: CClient, fake_daemon: Any) -> None:
+        """The mode less the umask; an address is a number, and none is null."""
+        before = os.umask(0o027)
+        try:
+            with contextlib.closing(CClient(c.program, fake_daemon.mount)) as masked:
+                masked.do(f"open 0 it rwcx 0 {SIZE} 666")
+        finally:
+            os.umask(before)
+        assert fake_daemon.heard[1] == protocol.Create("it", None, SIZE, 0o640, exclusive=True, empty=False)
+        assert isinstance(fake_daemon.heard[2], protocol.Mapped)
+        c.do(f"open 0 caf\udcff rc 510000000000 {SIZE} 0")
+        told = [message for message in fake_daemon.heard if isinstance(message, protocol.Create)][1]
+        assert told == protocol.Create("caf\udcff", OFFER["addr"], SIZE, 0, exclusive=False, empty=False, readonly=True)
+
+    def test_what_exists_is_attached_to(self, c: CClient, fake_daemon: Any) -> None:
+        fake_daemon.on[protocol.Create] = lambda _request, _fds: protocol.Exists()
+        c.do(f"open 0 it rwc 0 {SIZE} 600")
+        assert protocol.Attach(None, SIZE) in fake_daemon.heard
+
+    def test_what_goes_meanwhile_is_created_after_all(self, c: CClient, fake_daemon: Any) -> None:
+        """It was there when it was to be made, and had gone when it was to be opened."""
+        create, exists = fake_daemon.on[protocol.Create], [True, True, False]
+        fake_daemon.on[protocol.Create] = lambda request, fds: (
+            protocol.Exists() if exists.pop(0) else create(request, fds)
+        )
+        c.do(f"open 0 gone rwc 0 {SIZE} 600")
+        assert fake_daemon.kinds().count(protocol.Create) == 3
+        assert protocol.Attach not in fake_daemon.kinds()
+
+    def test_an_address_that_is_taken_here_is_not_the_daemons_last_word(self, c: CClient, fake_daemon: Any) -> None:
+        c.do("attach 0 it")
+        create, at = fake_daemon.on[protocol.Create], [0x5200_0000_0000, OFFER["addr"]]
+
+        def elsewhere(request: object, fds: list[int]) -> tuple[bytes, list[int]]:
+            _, made = create(request, fds)
+            return packet(OFFER | {"addr": at.pop()}, 1), made
+
+        fake_daemon.on[protocol.Create] = elsewhere
+        c.do(f"open 1 it rwc 0 {SIZE} 600")
+        assert c.ask("show 1").startswith("0x520000000000 ")
+        assert fake_daemon.kinds().count(protocol.Abort) == 1
+
+    def test_one_that_was_asked_for_is(self, c: CClient, fake_daemon: Any) -> None:
+        c.do("attach 0 it")
+        assert c.errno_of(f"open 1 it rwcx 510000000000 {SIZE} 600") == errno.EINVAL
+        assert fake_daemon.kinds().count(protocol.Create) == 1
+        assert fake_daemon.heard[-1] == protocol.Abort(1)
+
+    @pytest.mark.parametrize("lost", [protocol.Create, protocol.Mapped])
+    def test_with_another_daemon_it_starts_over(self, c: CClient, fake_daemon: Any, lost: type[Any]) -> None:
+        """Of an offer nothing is left; one that was not heard of is asked for once more."""
+        answer, left = fake_daemon.on[lost], [1]
+
+        def once(request: object, fds: list[int]) -> object:
+            left[0] -= 1
+            return None if left[0] >= 0 else answer(request, fds)
+
+        fake_daemon.on[lost] = once
+        c.do(f"open 0 it rwcx 0 {SIZE} 600")
+        assert fake_daemon.kinds().count(protocol.Create) == 2
+
+    def test_words_that_it_does_not_know_are_refused_here(self, c: CClient, fake_daemon: Any) -> None:
+        assert c.errno_of(f"open 0 it rwct 0 {SIZE} 600") == errno.EINVAL
+        assert c.errno_of(f"open 0 a/b rwc 0 {SIZE} 600") == errno.EINVAL
+        assert c.errno_of(f"open 0 {'x' * 256} rwc 0 {SIZE} 600") == errno.ENAMETOOLONG
+        assert c.errno_of("remove .x") == errno.EINVAL
+        assert fake_daemon.heard == []
+
+    def test_a_name_is_removed_by_its_bytes(self, c: CClient, fake_daemon: Any) -> None:
+        fake_daemon.on[protocol.Remove] = lambda _request, _fds: protocol.Done()
+        c.do("remove é\udced")
+        assert fake_daemon.heard[-1] == protocol.Remove("é\udced")
+
+
 class TestAnotherDaemon:
     """The daemon was killed, and another is there, or will be."""
 

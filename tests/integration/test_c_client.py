@@ -1,4 +1,4 @@
-"""The C client and the daemon: regions that Python has made, touched and ended from C."""
+"""The C client and the daemon: regions that Python has made, or C, touched and ended from C."""
 
 from __future__ import annotations
 
@@ -143,6 +143,79 @@ def test_the_last_unlink_ends_the_region(maker: Client, c: CClient, name: str, d
     maker.do(f"mshare.mshare_unlink({name!r})")
     assert name not in os.listdir(daemon.mount)
     assert c.errno_of(f"unlink {name}") == errno.ENOENT
+
+
+class TestCreating:
+    def test_what_c_makes_python_finds(
+        self, client: Callable[..., Client], c: CClient, name: str, daemon: Daemon
+    ) -> None:
+        """Memory at the address that was asked for, with its mode less the umask."""
+        c.do(f"open 0 {name} rwcx 520000000000 {4 * MIB} 640")
+        c.do("touch 0 5 42")
+        assert c.ask("show 0") == f"0x520000000000 {4 * MIB} {4 * MIB} 0"
+        assert (daemon.mount / name).stat().st_mode & 0o777 == 0o640 & ~umask_of(c.process.pid)
+        other = client()
+        other.do(f"r = mshare.mshare({name!r}, None, 0, RW)")
+        assert other.ask("(r.address, r.size, r.buf[5])") == [0x5200_0000_0000, 4 * MIB, 42]
+        assert other.ask("[(v.offset, v.length, v.prot) for v in r.maps()]") == [[0, 4 * MIB, 3]]
+        assert c.errno_of(f"open 1 {name} rwcx 530000000000 {4 * MIB} 600") == errno.EEXIST
+        c.do(f"unlink {name}")
+        assert attached(other) == 1
+        other.do("mshare.mshare_unlink(r.name)")
+
+    def test_which_of_two_is_first_makes_it(self, start: Callable[..., CClient], name: str) -> None:
+        """Without O_EXCL the other one attaches, to the same length or none."""
+        one, two = start(), start()
+        for c in (one, two):
+            c.do(f"open 0 {name} rwc 0 {2 * MIB} 600")
+        assert one.ask("show 0") == two.ask("show 0")
+        one.do("touch 0 0 7")
+        assert two.ask("touch 0 0") == "7"
+        assert two.errno_of(f"open 1 {name} rwc 530000000000 {4 * MIB} 600") == errno.EINVAL
+        two.do(f"open 1 {name} rc 530000000000 0 600")
+        assert two.ask("touch 1 0 1") == f"signal {signal.SIGSEGV} 0"
+        one.do(f"unlink {name}")
+        two.do(f"unlink {name}")
+
+    def test_what_cannot_be_is_refused_and_leaves_nothing(self, c: CClient, name: str, daemon: Daemon) -> None:
+        """A length of none, no whole granules, a range that is in use."""
+        c.do(f"open 0 {name} rwc 0 {2 * MIB} 600")
+        descriptors = c.descriptors()
+        for wrong in ("0 0", f"0 {MIB}", f"520000001000 {2 * MIB}"):
+            assert c.errno_of(f"open 1 {name}-2 rwc {wrong} 600") == errno.EINVAL
+        here = c.ask("show 0").split()[0]
+        assert c.errno_of(f"open 1 {name}-2 rwc {here} {2 * MIB} 600") == errno.EINVAL
+        stack = next(line for line in Path(f"/proc/{c.process.pid}/maps").read_text().splitlines() if "[stack]" in line)
+        place = int(stack.split("-")[0], 16) // (2 * MIB) * 2 * MIB
+        assert c.errno_of(f"open 1 {name}-2 rwc {place:x} {4 * MIB} 600") == errno.EINVAL
+        assert f"{name}-2" not in os.listdir(daemon.mount)
+        assert c.descriptors() == descriptors
+        c.do(f"unlink {name}")
+
+    def test_a_name_is_removed_and_windows_stay(self, c: CClient, name: str, daemon: Daemon) -> None:
+        c.do(f"open 0 {name} rwc 0 {2 * MIB} 600")
+        c.do("touch 0 9 1")
+        c.do(f"remove {name}")
+        assert name not in os.listdir(daemon.mount)
+        assert c.errno_of(f"remove {name}") == errno.ENOENT
+        assert c.ask("touch 0 9") == "1"
+        c.do("detach 0")
+
+    def test_another_user_may_not_where_the_mount_does_not_let_him(
+        self, start: Callable[..., CClient], start_daemon: Callable[..., Daemon], name: str
+    ) -> None:
+        closed = start_daemon("--mode", "0755")
+        other = start(closed, uid=2001)
+        assert other.errno_of(f"open 0 {name} rwc 0 {2 * MIB} 600") == errno.EACCES
+        mine = start(closed)
+        mine.do(f"open 0 {name} rwc 0 {2 * MIB} 666")
+        assert other.errno_of(f"remove {name}") == errno.EACCES
+        mine.do(f"unlink {name}")
+
+
+def umask_of(pid: int) -> int:
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Umask:"))
+    return int(line.split()[1], 8)
 
 
 def test_an_orphan_is_unlinked(maker: Client, c: CClient, name: str, daemon: Daemon) -> None:
