@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,6 +143,37 @@ class TestTrace:
         out = tmp_path / "trace.json"
         assert mshare("trace", name, "--duration", "0", "--out", str(out), mount=watching.mount).lines == []
         assert json.loads(out.read_text())["traceEvents"] == []
+
+    @pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+    def test_the_file_has_the_faults_however_it_ends(
+        self,
+        traced: tuple[Any, Any, str],
+        tmp_path: Path,
+        eventually: Callable[[Callable[[], bool]], None],
+        end: signal.Signals,
+        status: int,
+    ) -> None:
+        """All that there were until then: there is a file as soon as faults are recorded."""
+        watching, c, name = traced
+        environment = {**os.environ, "MSHAREFS": str(watching.mount)}
+        command = [sys.executable, "-c", "from mshare.cli import main\nmain()", "trace", name, "--out", "t.json"]
+        with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            eventually((tmp_path / "t.json").exists)
+            c.do("for page in range(100): r.buf[page * PAGE] = 1")
+            process.send_signal(end)
+            assert process.stderr.read() == b""
+        assert process.returncode == status
+        *events, named = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+        assert {event["args"]["offset"] for event in events} >= {f"{page * 4096:#x}" for page in range(100)}
+        assert (named["ph"], named["pid"]) == ("M", c.pid)
+
+    def test_a_file_that_cannot_be_written_is_told_at_once(
+        self, mshare: Mshare, traced: tuple[Any, Any, str], tmp_path: Path
+    ) -> None:
+        watching, _, name = traced
+        ran = mshare("trace", name, "--out", str(tmp_path / "missing" / "t.json"), mount=watching.mount)
+        assert (ran.status, "No such file or directory" in ran.error) == (1, True)
 
     def test_it_ends_when_the_region_does(self, traced: tuple[Any, Any, str]) -> None:
         watching, c, name = traced

@@ -6,7 +6,7 @@ import errno
 import json
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,7 @@ import click
 from mshare import inspect
 from mshare.cli import render
 from mshare.cli.complete import complete_region, region_argument
-from mshare.cli.place import about_region, served_mount
+from mshare.cli.place import about_region, ended_by_sigterm, served_mount
 from mshare.cli.render import Column
 from msharefs.perms import Prot
 from msharefs.protocol import Refusal, TraceEvent
@@ -115,22 +115,39 @@ def trace(
     is told how many.
     """
     place = served_mount(mount)
-    kept: list[TraceEvent] = []
-    with about_region(name), inspect.Trace(name, place) as source:
+    with ExitStack() as stack:
+        with about_region(name):
+            source = stack.enter_context(inspect.Trace(name, place))
+        stack.callback(_tell_lost, source)
+        stack.enter_context(ended_by_sigterm())
+        stack.enter_context(suppress(KeyboardInterrupt))
+        kept = None if out is None else stack.enter_context(_written(out, name, source, count))
         start = time.monotonic_ns()
-        with suppress(KeyboardInterrupt):
-            for number, event in enumerate(_events(source, duration), 1):
-                if out is not None:
-                    kept.append(event)
-                else:
-                    click.echo(_json_line(event) if as_json else trace_line(event, start))
-                if number == count:
-                    break
-        lost = source.lost
-    if out is not None:
-        out.write_text(json.dumps(chrome_trace(kept, render.printable(name))))
-    if lost:
-        click.echo(f"{lost} faults came too fast and are lost", err=True)
+        for number, event in enumerate(_events(source, duration), 1):
+            if kept is not None:
+                kept.append(event)
+            else:
+                click.echo(_json_line(event) if as_json else trace_line(event, start))
+            if number == count:
+                break
+
+
+def _tell_lost(source: inspect.Trace) -> None:
+    if source.lost:
+        click.echo(f"{source.lost} faults came too fast and are lost", err=True)
+
+
+@contextmanager
+def _written(out: Path, name: str, source: inspect.Trace, count: int | None) -> Iterator[list[TraceEvent]]:
+    """Faults that a file has in the end, however that comes. One that cannot be written is an error at once."""
+    kept: list[TraceEvent] = []
+    with out.open("w") as file:
+        try:
+            yield kept
+        finally:
+            with suppress(OSError):
+                kept += source.poll()
+            json.dump(chrome_trace(kept[:count], render.printable(name)), file)
 
 
 def _events(source: inspect.Trace, duration: float | None) -> Iterator[TraceEvent]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,20 @@ def about_region(name: str) -> Iterator[None]:
         raise click.ClickException(
             f"no region is named '{printable(name)}'; `mshare ls` lists them, `mshare create` makes one"
         ) from error
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end us as Ctrl-C does, with what is to be done in the end."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T | None:

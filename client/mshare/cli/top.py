@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import sys
 import termios
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from mshare.cli import render
-from mshare.cli.place import served_mount
+from mshare.cli.place import ended_by_sigterm, served_mount
 from mshare.cli.render import Column
 from mshare.cli.samples import ProcessSample, RegionSample, Sample, Sampler
 
@@ -157,7 +156,7 @@ def _live(sampler: Sampler, sample: Sample, interval: float, sort: str) -> None:
     with (
         contextlib.suppress(KeyboardInterrupt),
         _keys_unbuffered(sys.stdin.fileno()),
-        _ended_by_sigterm(),
+        ended_by_sigterm(),
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
         until = time.monotonic() + interval
@@ -188,17 +187,3 @@ def _keys_unbuffered(fd: int) -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end us as Ctrl-C does, with the terminal as it was."""
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
