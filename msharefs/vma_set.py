@@ -18,6 +18,8 @@ class VmaSet:
         self._by_start: SortedDict[Address, Vma] = SortedDict()
         self._found: Vma | None = None
         """What ``find`` came upon last: faults come in crowds (compare the vmacache of kernels before 6.1)."""
+        self._full: tuple[int, int, int, int] | None = None
+        """From where to where, and for which size and alignment, no gap is left (compare mm->free_area_cache)."""
 
     def __iter__(self) -> Iterator[Vma]:
         """All VMAs, by address."""
@@ -62,15 +64,23 @@ class VmaSet:
     def find_gap(self, within: AddrRange, size: int, align: int) -> AddrRange | None:
         """The lowest free ``size`` bytes at a multiple of ``align`` (compare vm_unmapped_area), or None."""
         end: int = within.start
-        for vma in self._by_start.values():
-            if vma.ar.start >= within.end:
-                break
+        if self._full is not None:
+            first, full, least, alignment = self._full
+            if first == end and size >= least and align % alignment == 0:
+                end = full
+        below = self.find(Address(end))
+        if below is not None:
+            end = below.ar.end
+        for vma_start in self._by_start.irange(Address(end)):
             start = round_up(end, align)
-            if start + size <= vma.ar.start:
-                return AddrRange.sized(start, size)
-            end = max(end, vma.ar.end)
+            if vma_start >= within.end or start + size <= vma_start:
+                break
+            end = self._by_start[vma_start].ar.end
         start = round_up(end, align)
-        return AddrRange.sized(start, size) if start + size <= within.end else None
+        if start + size > within.end:
+            return None
+        self._full = within.start, start, size, align
+        return AddrRange.sized(start, size)
 
     def insert(self, vma: Vma) -> None:
         """Add ``vma``, merged with its neighbours. Preconditions: nothing is mapped there."""
@@ -90,6 +100,8 @@ class VmaSet:
     def remove(self, ar: AddrRange) -> list[Vma]:
         """Take ``ar`` out, splitting what sticks out; the pieces taken, in order (compare do_vmi_munmap)."""
         taken = []
+        if self._full is not None and ar.start < self._full[1]:
+            self._full = None
         for vma in self.overlapping(ar):
             self._found = None
             del self._by_start[vma.ar.start]

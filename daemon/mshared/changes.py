@@ -123,7 +123,7 @@ class Changes:
         def outcome() -> tuple[AddrRange, protocol.Placed]:
             return place[0], protocol.Placed(model.offset_of(place[0]))
 
-        self._change(live, decide, outcome, *added, cleared=True)
+        self._change(live, ar, decide, outcome, *added, cleared=True)
         return outcome()[1]
 
     def _refpage(self, content: str | None, flags: MapFlag) -> RefPage | None:
@@ -148,7 +148,7 @@ class Changes:
         await region.prepare_to_punch(ar)
         await region.family.make_way(region.model.mm, ar)
         out_of_sight = region.out_of_sight(ar)
-        self._change(live, lambda: region.model.mm.munmap(ar), lambda: (ar, protocol.Done()), cleared=True)
+        self._change(live, ar, lambda: region.model.mm.munmap(ar), lambda: (ar, protocol.Done()), cleared=True)
         for part in out_of_sight:
             region.give_back(part)
         live.region.drop_unused_files()
@@ -179,7 +179,7 @@ class Changes:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
         hidden = not prot & PROT_RW
         self._change(
-            live, lambda: live.region.model.mm.mprotect(ar, prot), lambda: (ar, protocol.Done()), cleared=hidden
+            live, ar, lambda: live.region.model.mm.mprotect(ar, prot), lambda: (ar, protocol.Done()), cleared=hidden
         )
         await refill(live.region, ar, self._read_events)
 
@@ -211,13 +211,13 @@ class Changes:
         mm.check_removable(ar)
         await region.family.make_way(mm, ar)
         if region.backing.kind is not BackingKind.HUGETLB:
-            self._change(live, lambda: mm.madvise_remove(ar), lambda: (ar, protocol.Done()), cleared=True)
+            self._change(live, ar, lambda: mm.madvise_remove(ar), lambda: (ar, protocol.Done()), cleared=True)
             return
         for piece in ar.pieces(_AT_ONCE):
             await trio.lowlevel.checkpoint()
             await region.family.make_way(mm, piece)
             reply = protocol.Done() if piece.end == ar.end else None
-            self._change(live, partial(mm.madvise_remove, piece), partial(_tuple, piece, reply), cleared=True)
+            self._change(live, piece, partial(mm.madvise_remove, piece), partial(_tuple, piece, reply), cleared=True)
 
     async def _drop_clean(self, region: LiveRegion, ar: AddrRange) -> None:
         """Give back pages that show a reference page and were only read."""
@@ -235,6 +235,7 @@ class Changes:
     def _change(
         self,
         live: LiveAttachment,
+        where: AddrRange | None,
         decide: Callable[[], list[Change]],
         outcome: Callable[[], tuple[AddrRange, protocol.Reply | None]],
         *noted: rec.Record,
@@ -242,15 +243,15 @@ class Changes:
     ) -> None:
         """Decide and carry out, in every process; when memory is short, all is as before.
 
-        ``outcome`` says then where that is, and what the client is told. ``cleared``: what was installed there is not
-        any more.
+        ``where`` covers what is mapped already of what changes. ``outcome`` says then where that is, and what the
+        client is told. ``cleared``: what was installed there is not any more.
 
         Forks that were under way meanwhile have announced themselves by the time all is armed, or have copied what is
         armed: they are let go on only after they are seen to.
         """
         region = live.region
         _check_writer(live)
-        before = [(vma.ar, vma.prot) for vma in region.model.mm.vmas]
+        before = [] if where is None else [(vma.ar, vma.prot) for vma in region.model.mm.vmas.overlapping(where)]
         effects = decide()
         point()
         ar, reply = outcome()

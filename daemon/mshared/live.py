@@ -297,7 +297,7 @@ class LiveRegion:
 
     def drop_unused_files(self) -> None:
         """Close the files that no mapping shows any more."""
-        for number in self.files.keys() - self.model.mm.files():
+        for number in self.files.keys() - self.model.mm.files() if self.files else ():
             self.note(rec.FileGone(self.model.id, number))
             self.files.pop(number).close()
 

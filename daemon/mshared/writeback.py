@@ -43,6 +43,8 @@ async def flush(region: LiveRegion, ar: AddrRange, read_events: Callable[[], Non
 
     Preconditions: the region's lock is held, so that no mapping changes before the end.
     """
+    if not region.files:
+        return
     inside = ar.intersect(region.model.ar)
     effects = region.model.mm.write_back(inside) if inside is not None else []
     apply.carry_out(region, (e for e in effects if isinstance(e, Protect)), read_events)

@@ -145,3 +145,31 @@ def test_any_sequence_agrees_with_a_list_of_pages(steps: list[tuple[bool, int, i
     held = {page: vma.prot for page in range(30) if (vma := vmas.find(at(page))) is not None}
     assert held == naive
     assert not any(below.merges_with(above) for below, above in itertools.pairwise(vmas))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["map", "unmap", "place"]),
+            st.integers(0, 30),
+            st.integers(1, 6),
+            st.sampled_from([1, 2, 4]),
+        ),
+        max_size=60,
+    )
+)
+def test_the_lowest_gap_is_found_whatever_was_looked_for_before(steps: list[tuple[str, int, int, int]]) -> None:
+    """A set that remembers where nothing fits finds what one finds that never looked."""
+    vmas, within = VmaSet(), pages(0, 32)
+    for step, first, size, align in steps:
+        ar = pages(first, min(first + size, 32))
+        if step == "unmap":
+            vmas.remove(ar)
+        elif step == "place":
+            vmas.remove(ar)
+            vmas.insert(Vma(ar, PROT_RW if align == 1 else Prot.READ))
+        else:
+            found = vmas.find_gap(within, size * PAGE_SIZE, align * PAGE_SIZE)
+            assert found == set_of(*vmas).find_gap(within, size * PAGE_SIZE, align * PAGE_SIZE)
+            if found is not None:
+                vmas.insert(Vma(found, PROT_RW))
