@@ -48,8 +48,11 @@ class ArmingRule:
     def over(self, vmas: VmaSet, ar: AddrRange) -> Armed:
         """How ``ar`` is armed, in order and without gaps, equal neighbours as one."""
         area = self.granules(ar)
+        mapped = vmas.overlapping(area)
+        if not mapped or mapped[0].ar.covers(area):
+            return [(ar, self.of(mapped[0] if mapped else None))]
         parts = [(hole, self.of(None)) for hole in vmas.holes(area)]
-        parts += [(inside, self.of(v)) for v in vmas.overlapping(area) if (inside := v.ar.intersect(area)) is not None]
+        parts += [(inside, self.of(vma)) for vma in mapped if (inside := vma.ar.intersect(area)) is not None]
         parts.sort(key=lambda part: part[0].start)
         paged = united(self.granules(part) for part, arming in parts if arming & Arming.MISSING)
         merged: Armed = []

@@ -201,7 +201,7 @@ async def _serve(
     device = mounts.mount_at(config.mount)
     if device is None or device.fstype != FSTYPE:
         raise StartError(f"{config.mount} was unmounted while starting")
-    server = control.ControlServer(service, config.mount, device.device)
+    server = control.ControlServer(service, pager, config.mount, device.device)
     gc.freeze()  # What is there by now stays: no collection need look at it, which would take milliseconds.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fuse_until_unmounted, nursery.cancel_scope)

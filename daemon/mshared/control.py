@@ -23,6 +23,8 @@ from mshared import donations
 from mshared.answers import Answer, Caller, Pending
 from mshared.book import Asked, asked
 from mshared.live import LiveRegion
+from mshared.packets import Packets
+from mshared.pager import Pager
 from mshared.service import Service
 from mshared.shares import Shares
 from mshared.tickets import MOST_WAITING, Closer, read_ticket
@@ -41,15 +43,14 @@ _MOST_GROUPS: Final = 256
 _UCRED: Final = struct.Struct("=iII")
 _SHORT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 _CURE: Final = "free some memory, end regions or processes, or raise its limit of open files (LimitNOFILE, ulimit -n)"
-_ANCILLARY: Final = socket.CMSG_SPACE(4 * protocol.MAX_DONATED_FILES)
-"""Room for more descriptors than any message has, so that a few too many are told by number."""
 
 
 class ControlServer:
-    """Listens on ``path`` and serves each connection. ``device`` is the mount's, to know its files by."""
+    """Serves each connection. ``device`` is the mount's, to know its files by."""
 
-    def __init__(self, service: Service, mount: Path, device: tuple[int, int]) -> None:
+    def __init__(self, service: Service, pager: Pager, mount: Path, device: tuple[int, int]) -> None:
         self._service = service
+        self._pager = pager
         self._mount = mount
         self._device = device
         self._shares = Shares(service.lifetimes)
@@ -90,7 +91,11 @@ class ControlServer:
         """The same; what came with the connection is closed in the end."""
         async with trio.open_nursery() as nursery:
             closer = Closer(nursery)
-            connection = _Connection(self._service, self._mount, self._device, sock, caller, closer, self._shares)
+            packets = Packets(sock)
+            self._pager.add_caller(packets.fileno())
+            connection = _Connection(
+                self._service, self._pager, self._mount, self._device, packets, caller, closer, self._shares
+            )
             try:
                 await connection.run()
             except (OSError, _HungUp):
@@ -98,7 +103,8 @@ class ControlServer:
             except Exception:
                 log.exception("pid %d: connection failed", caller.pid)
             finally:
-                sock.close()
+                self._pager.remove_caller(packets.fileno())
+                packets.close()
                 connection.close()
         await closer.until_at_most(0)
 
@@ -113,17 +119,19 @@ class _Connection:
     def __init__(
         self,
         service: Service,
+        pager: Pager,
         mount: Path,
         device: tuple[int, int],
-        sock: trio.socket.SocketType,
+        packets: Packets,
         caller: Caller,
         closer: Closer,
         shares: Shares,
     ) -> None:
         self._service = service
+        self._pager = pager
         self._mount = mount
         self._device = device
-        self._sock = sock
+        self._packets = packets
         self._closer = closer
         self._shares = shares
         self._offers: dict[int, Pending] = {}
@@ -132,6 +140,8 @@ class _Connection:
         self._asked = Asked("", caller.pid, None, 0)
         self._owing = False
         """Whether a request was carried out and its answer not sent: the client may ask for that."""
+        self._changing = False
+        """Whether the last request changed mappings: what is mapped is touched, or something else mapped, at once."""
         self._tokens: set[str] = set()
         self.caller = caller
 
@@ -171,8 +181,10 @@ class _Connection:
             await reply.after.wait()
         await self._send(reply)
         if reply.again is not None:
-            await self._sock.send(reply.again)
+            await self._packets.send(reply.again)
         self._owing = False
+        if self._changing:
+            self._pager.linger()
 
     async def _guarded(
         self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]], packet: bytes, fds: list[int]
@@ -181,6 +193,7 @@ class _Connection:
         try:
             message, announced = protocol.decode(packet)
             _expect(fds, announced)
+            self._changing = isinstance(message, protocol.Changing)
             return await answer(message, fds)
         except MshareError as error:
             return Answer(protocol.Failed(error.errno, str(error)))
@@ -344,13 +357,10 @@ class _Connection:
     async def _receive(self) -> tuple[bytes, list[int]]:
         """The next packet with its descriptors. Raises _HungUp at the end of the connection."""
         await self._closer.until_at_most(MOST_WAITING)
-        packet, ancillary, flags, _ = await self._sock.recvmsg(
-            protocol.MAX_PACKET + 1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-        )
-        fds = _descriptors(ancillary)
+        packet, fds, whole = await self._packets.receive()
         if not packet and not fds:
             raise _HungUp
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if not whole:
             self._closer.close(fds)
             error = ProtocolError("a packet of more than 64 KiB, or with more than 16 descriptors; hanging up")
             await self._send(Answer(protocol.Failed(error.errno, str(error))))
@@ -358,23 +368,12 @@ class _Connection:
         return packet, fds
 
     async def _send(self, answer: Answer) -> None:
-        packet = protocol.encode(answer.reply, len(answer.fds))
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", answer.fds))] if answer.fds else []
-        await self._sock.sendmsg([packet], ancillary)
+        await self._packets.send(protocol.encode(answer.reply, len(answer.fds)), answer.fds)
 
 
 def _expect(fds: list[int], *counts: int) -> None:
     if len(fds) not in counts:
         raise BadDescriptorError(f"{len(fds)} descriptors came, {' or '.join(map(str, counts))} were expected")
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    """Descriptors in control messages; a part of one, where the last was cut, is none."""
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)
 
 
 def _caller(sock: trio.socket.SocketType) -> Caller:

@@ -32,6 +32,7 @@ class Pager:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._callers = select.epoll()
         self._later: list[Callable[[], None]] = []
         self._waiting: trio.CancelScope | None = None
         """Around the wait for whatever comes next, while there is nothing to do later."""
@@ -45,6 +46,14 @@ class Pager:
         """Watch ``fd`` no longer. To be called before it is closed."""
         del self._handlers[fd]
         self._epoll.unregister(fd)
+
+    def add_caller(self, fd: int) -> None:
+        """Somebody may ask for something by ``fd``, which a task of its own sees to: no lingering while that waits."""
+        self._callers.register(fd, select.EPOLLIN)
+
+    def remove_caller(self, fd: int) -> None:
+        """No longer. To be called before it is closed."""
+        self._callers.unregister(fd)
 
     def later(self, work: Callable[[], None]) -> None:
         """Do ``work`` after the events that are there now; it may ask for another time."""
@@ -62,10 +71,13 @@ class Pager:
                 with trio.CancelScope() as self._waiting:
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
                 self._waiting = None
-            self._attend()
+            self.linger()
 
-    def _attend(self) -> None:
-        """Serve as long as something comes in, for a moment; what is put aside meanwhile waits for the loop."""
+    def linger(self) -> None:
+        """Serve as long as something comes in, for a moment; what is put aside meanwhile waits for the loop.
+
+        So do callers, once no fault does.
+        """
         now = time.monotonic()
         until = now + ATTENTION
         idle = now + _LINGER
@@ -76,6 +88,8 @@ class Pager:
                 return
             if served:
                 idle = now + _LINGER
+            elif self._callers.poll(0, 1):
+                return
             else:
                 os.sched_yield()  # Whoever is served may be waiting for this processor.
 
@@ -92,8 +106,9 @@ class Pager:
         return bool(ready)
 
     def close(self) -> None:
-        """Close the set; the descriptors in it stay open."""
+        """Close the sets; the descriptors in them stay open."""
         self._epoll.close()
+        self._callers.close()
 
 
 def _guarded(handler: Callable[[], None]) -> None:

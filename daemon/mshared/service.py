@@ -229,17 +229,22 @@ class Service:
         live = self._own(caller, request.attachment)
         self.book.check_room()
         region = live.region
+        if region.lock.locked():
+            await region.lock.acquire()
+        else:
+            region.lock.acquire_nowait()
         try:
-            async with region.lock:
-                live = self._own(caller, request.attachment)  # Still.
-                try:
-                    return await self._change_locked(live, request, file)
-                finally:
+            live = self._own(caller, request.attachment)  # Still.
+            return await self._change_locked(live, request, file)
+        finally:
+            try:
+                if region.unwritten:
                     with trio.CancelScope(shield=True):
                         await write_out(region)
-        finally:
-            if not region.attachments and not region.closed:
-                self.lifetimes.settling.request(region)
+            finally:
+                region.lock.release()
+                if not region.attachments and not region.closed:
+                    self.lifetimes.settling.request(region)
 
     async def _change_locked(self, live: LiveAttachment, request: protocol.Changing, file: int | None) -> Answer:
         if live.region.model.file is not None:

@@ -26,6 +26,8 @@ from mshared.answers import Answer, Caller, Pending
 from mshared.book import Book, asked
 from mshared.changes import Opened
 from mshared.control import HELLO_PATIENCE, ControlServer
+from mshared.packets import _descriptors
+from mshared.pager import Pager
 from msharefs import protocol
 from msharefs.errors import NoSpaceError
 
@@ -117,7 +119,7 @@ class Peer:
 
     async def receive(self) -> tuple[protocol.Message, list[int]]:
         packet, ancillary, _, _ = await self.sock.recvmsg(protocol.MAX_PACKET, 100)
-        return protocol.decode(packet)[0], control._descriptors(ancillary)
+        return protocol.decode(packet)[0], _descriptors(ancillary)
 
     async def is_hung_up(self) -> bool:
         with trio.fail_after(10):
@@ -130,8 +132,15 @@ def service() -> FakeService:
 
 
 @pytest.fixture
+def pager() -> Iterator[Pager]:
+    pager = Pager()
+    yield pager
+    pager.close()
+
+
+@pytest.fixture
 def run(
-    directory: Path, service: FakeService, open_descriptors: Callable[[], int]
+    directory: Path, service: FakeService, pager: Pager, open_descriptors: Callable[[], int]
 ) -> Callable[[Callable[[Path], Awaitable[None]]], None]:
     """Serve while a function of clients runs; afterwards all is closed."""
 
@@ -139,7 +148,7 @@ def run(
         async def main() -> None:
             path = directory / "socket"
             fake: Any = service
-            server = ControlServer(fake, Path("/run/mshare"), DEVICE)
+            server = ControlServer(fake, pager, Path("/run/mshare"), DEVICE)
             with trio.socket.from_stdlib_socket(control.listen(path)) as listener:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(server.serve, listener)
@@ -184,30 +193,6 @@ def test_a_place_where_nothing_can_listen(directory: Path, open_descriptors: Cal
     with pytest.raises(FileNotFoundError):
         control.listen(directory / "missing" / "socket")
     assert open_descriptors() == before
-
-
-class TestDescriptors:
-    """What arrives in control messages."""
-
-    @staticmethod
-    def rights(*numbers: int, extra: bytes = b"") -> tuple[int, int, bytes]:
-        return (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers).tobytes() + extra)
-
-    def test_none(self) -> None:
-        assert control._descriptors([]) == []
-        assert control._descriptors([self.rights()]) == []
-
-    def test_all_of_one_message_and_of_several(self) -> None:
-        assert control._descriptors([self.rights(3, 4), self.rights(5)]) == [3, 4, 5]
-
-    @pytest.mark.parametrize("extra", [b"\1", b"\1\2", b"\1\2\3"])
-    def test_a_part_of_one_is_none(self, extra: bytes) -> None:
-        assert control._descriptors([self.rights(3, 4, extra=extra)]) == [3, 4]
-        assert control._descriptors([self.rights(extra=extra)]) == []
-
-    def test_other_control_messages_bring_none(self) -> None:
-        credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, bytes(12))
-        assert control._descriptors([credentials, (socket.IPPROTO_IP, socket.SCM_RIGHTS, bytes(4))]) == []
 
 
 class TestSessions:
@@ -688,14 +673,14 @@ class TestAccepting:
 
     @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED])
     def test_what_passes_is_waited_for(
-        self, service: FakeService, caplog: pytest.LogCaptureFixture, number: int
+        self, service: FakeService, pager: Pager, caplog: pytest.LogCaptureFixture, number: int
     ) -> None:
         fake: Any = service
         listener: Any = self.Listener(number, number, errno.EBADF)
 
         async def main() -> None:
             with pytest.RaisesGroup(OSError, flatten_subgroups=True):
-                await ControlServer(fake, Path("/m"), DEVICE).serve(listener)
+                await ControlServer(fake, pager, Path("/m"), DEVICE).serve(listener)
 
         trio.run(main, clock=MockClock(autojump_threshold=0))
         assert len(listener.times) == 3

@@ -181,6 +181,42 @@ def test_what_must_end_a_program_ends_the_loop_too(pager: Pager, event: Callable
         pager.drain()
 
 
+class TestLingering:
+    """Looking for the next fault, awake."""
+
+    @pytest.fixture
+    def yields(self, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+        """Each moment for which it had nothing to do and stayed."""
+        yields: list[None] = []
+        monkeypatch.setattr(os, "sched_yield", lambda: yields.append(None))
+        return yields
+
+    def test_it_stays_for_a_moment_while_nobody_wants_anything(self, pager: Pager, yields: list[None]) -> None:
+        pager.linger()
+        assert yields
+
+    def test_who_asks_for_something_does_not_wait_for_that(
+        self, pager: Pager, event: Callable[[], int], yields: list[None]
+    ) -> None:
+        """But for faults that are there, which come first."""
+        called: list[str] = []
+        fault = event()
+        pager.add(fault, lambda: (called.append("fault"), os.eventfd_read(fault)))  # type: ignore[arg-type, return-value]
+        pager.add_caller(event())
+        pager.linger()
+        assert called == ["fault"]
+        assert not yields
+
+    def test_a_caller_that_has_gone_changes_nothing(
+        self, pager: Pager, event: Callable[[], int], yields: list[None]
+    ) -> None:
+        caller = event()
+        pager.add_caller(caller)
+        pager.remove_caller(caller)
+        pager.linger()
+        assert yields
+
+
 def test_closing_leaves_the_descriptors_open(event: Callable[[], int]) -> None:
     pager = Pager()
     fd = event()
