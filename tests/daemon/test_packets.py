@@ -109,8 +109,16 @@ def test_what_was_cut_is_not_whole(run: Run, peer: socket.socket) -> None:
 
 def test_what_is_sent_arrives_and_others_have_their_turn(run: Run, peer: socket.socket) -> None:
     async def work(packets: Packets) -> None:
-        with trio.testing.assert_checkpoints():
+        turns: list[str] = []
+        async with trio.open_nursery() as nursery:
+
+            async def other() -> None:
+                turns.append("other")
+
+            nursery.start_soon(other)
             await packets.send(b"answer", (peer.fileno(),))
+            await packets.send(b"more")  # Of two that are ready at once, either may come first.
+            assert turns == ["other"]
         data, fds, _, _ = socket.recv_fds(peer, 100, 4)
         assert (data, len(fds)) == (b"answer", 1)
         os.close(fds[0])
