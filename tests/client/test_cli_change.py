@@ -125,7 +125,7 @@ def test_a_region_that_lies_where_the_command_does_is_attached_elsewhere(monkeyp
     monkeypatch.setattr(change.mshare, "mshare", attach)
     assert change._attached_somewhere("it", Path("/mount")) == "it"  # type: ignore[comparison-overlap]
     assert asked == [None, 0x4000_0000_0000]
-    errors.append(PermissionError(errno.EACCES, "no"))
+    errors += 2 * [PermissionError(errno.EACCES, "no")]
     with pytest.raises(PermissionError):
         change._attached_somewhere("it", Path("/mount"))
 
@@ -151,6 +151,17 @@ def test_fork_of_what_is_not_there_or_not_readable(cli: Mshare, regions: Regions
     cli("create", name, "--size", "2M")
     assert "mode of region" in cli("fork", name, f"{name}-new", uid=NOBODY).error
     assert f"{name}-new" not in regions()
+
+
+def test_fork_is_for_who_may_write_and_for_the_owner(cli: Mshare, daemon: Any, regions: Regions, name: str) -> None:
+    """As the help says: others who may read may not."""
+    cli("create", name, "--size", "2M", "--mode", "644")
+    assert "takes a window that may write" in cli("fork", name, f"{name}-new", uid=NOBODY).error
+    assert f"{name}-new" not in regions()
+    os.chown(daemon.mount / name, NOBODY, NOBODY)
+    (daemon.mount / name).chmod(0o444)
+    cli("fork", name, f"{name}-new", uid=NOBODY)
+    assert regions()[f"{name}-new"].uid == NOBODY
 
 
 def test_unlink_ends_an_orphan(cli: Mshare, regions: Regions, name: str) -> None:

@@ -128,7 +128,8 @@ def fork(mount: Path | None, name: str, new: str, *, mode: int) -> None:
     """Make region NEW: region NAME as it is now. Print its name, address and size.
 
     It is there at once, whatever the size: memory is copied where one of the two changes, and where NEW is read. It
-    belongs to you, and stays until `mshare unlink` or `mshare rm`. Needs read permission on NAME.
+    belongs to you, and stays until `mshare unlink` or `mshare rm`. Needs write permission on the mount and on NAME; if
+    that is your own, read permission.
     """
     place = served_mount(mount)
     with about_region(name):
@@ -146,11 +147,19 @@ def fork(mount: Path | None, name: str, new: str, *, mode: int) -> None:
 def _attached_somewhere(name: str, place: Path) -> mshare.Region:
     """Attached where the region lies, or above all that the daemon places if we are there ourselves."""
     try:
-        return mshare.mshare(name, None, 0, os.O_RDWR, mount=place)
+        return _attached(name, None, place)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return mshare.mshare(name, WINDOW_END, 0, os.O_RDWR, mount=place)
+    return _attached(name, WINDOW_END, place)
+
+
+def _attached(name: str, addr: int | None, place: Path) -> mshare.Region:
+    """For writing, else for reading, which is enough for its owner."""
+    try:
+        return mshare.mshare(name, addr, 0, os.O_RDWR, mount=place)
+    except PermissionError:
+        return mshare.mshare(name, addr, 0, os.O_RDONLY, mount=place)
 
 
 @click.command()
