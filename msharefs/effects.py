@@ -107,11 +107,15 @@ class Allow:
 
 @attrs.frozen
 class Fill:
-    """What lies at ``offset`` of a file appears in ``ar``, and who waits there goes on."""
+    """What lies at ``offset`` of a file appears in ``ar``, and who waits there goes on.
+
+    ``there``: the tables say that it has come already, so that it must not be entered again.
+    """
 
     ar: AddrRange
     file: FileId
     offset: int
+    there: bool = False
 
 
 @attrs.frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -17,6 +17,8 @@ from msharefs.vma import Arming, Vma
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
+_NATIVE: Final = Arming.NATIVE
+_READ: Final = Access.READ
 
 
 @attrs.define
@@ -66,17 +68,17 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
             return Resolution(Allow(clean_pages.stored_to(mm, page, vma)), vma)
         mm.stored_to(page)
         return Resolution(Allow(page), vma)
-    frame = mm.table.frame_at(page.start) if mm.rule.forked is not Arming.NATIVE else None
+    frame = mm.table.frame_at(page.start) if mm.rule.forked is not _NATIVE else None
     if frame is not None and store_of(frame) != mm.store:
         return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
     if isinstance(vma.source, RefPage):
-        clean = fault.access is Access.READ
+        clean = fault.access is _READ
         ahead = () if clean else clean_pages.missing_ahead(mm, page, vma)
         around = clean_pages.missing_from(mm, page, vma, fault.access)
         return Resolution(FillPattern(around, vma.source, clean, ahead), vma)
     if vma.source is not None:
-        mm.missed(page)
-        return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start), vma)
+        there = not mm.missed(page)
+        return Resolution(Fill(page, vma.source.file, vma.source.offset + page.start - vma.ar.start, there), vma)
     if frame is None:  # Else it came while the thread stopped, and relatives may refer to it by now.
         mm.enter(page, pte_flags(vma.prot))
     mm.storable.note(page)

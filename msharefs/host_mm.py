@@ -30,7 +30,7 @@ from msharefs.frames import StoreNo, frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Access, Advice, Prot
-from msharefs.pte import Pte, PteFlag, pte_flags
+from msharefs.pte import READ_ONLY, Pte, PteFlag, pte_flags
 from msharefs.rules import check_end, check_prot, check_store
 from msharefs.storable import Storable
 from msharefs.streams import Streams
@@ -224,14 +224,18 @@ class HostMm:
         self.enter(ar, _clean_flags(vma))
         self.storable.note(ar)
 
-    def missed(self, page: AddrRange) -> None:
+    def missed(self, page: AddrRange) -> bool:
         """Forget a clean page that the kernel misses: the tables may have been told of it when it was gone already.
 
-        Of a dirty one, and of one that relatives refer to, this is old news: it was filled since the thread stopped.
+        False of a dirty one, and of one that relatives refer to: this is old news, it came since the thread stopped.
         """
         pte = self.table.walk(page.start)
-        if pte is not None and not pte.flags & PteFlag.DIRTY and not any(self.lineage.claims(self, page)):
-            self.table.clear_range(page)
+        if pte is None:
+            return True
+        if pte.flags & PteFlag.DIRTY or any(self.lineage.claims(self, page)):
+            return False
+        self.table.clear_range(page)
+        return True
 
     def stored_to(self, page: AddrRange) -> None:
         """Note a store to a page that was protected: of a shared file it is dirty from now on."""
@@ -392,4 +396,4 @@ def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
 
 def _clean_flags(vma: Vma) -> PteFlag:
     """The flags of a page that nobody stored to: the first store to what reaches a file must be seen."""
-    return pte_flags(Prot.READ if vma.tracks_stores else vma.prot)
+    return READ_ONLY if vma.tracks_stores else pte_flags(vma.prot)

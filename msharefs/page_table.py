@@ -230,7 +230,7 @@ class PageTable:
     def holes(self, ar: AddrRange) -> list[AddrRange]:
         """The parts of ``ar`` in which nothing is installed, in order."""
         if ar.size == PAGE_SIZE:
-            return [] if self.walk(ar.start) else [ar]
+            return [] if self._word(ar.start) else [ar]
         found, start = [], ar.start
         for run in self.present(ar):
             if start < run.start:
@@ -254,7 +254,10 @@ class PageTable:
 
     def _word(self, addr: Address) -> int:
         """The entry that maps ``addr``, or 0."""
-        table: Directory | Leaf = self._recent.get(addr // PMD_SIZE, self.top)
+        known = self._recent.get(addr // PMD_SIZE)
+        if known is not None:
+            return known.words[addr // PAGE_SIZE % TABLE_ENTRIES]
+        table: Directory | Leaf = self.top
         while isinstance(table, Directory):
             below = table.entries.get(entry_index(addr, table.level), 0)
             if isinstance(below, int):
@@ -315,7 +318,8 @@ class PageTable:
 
     def _put_one(self, addr: Address, word: int) -> None:
         """Store one PTE word, which is not 0."""
-        more = self._leaf(addr).put_one(entry_index(addr, 0), word)
+        leaf = self._recent.get(addr // PMD_SIZE) or self._leaf(addr)
+        more = leaf.put_one(addr // PAGE_SIZE % TABLE_ENTRIES, word)
         self.pages += more
         self.changes += more
 

@@ -34,9 +34,12 @@ class Access(enum.Enum):
     READ = "read"
     WRITE = "write"
 
+    def __init__(self, name: str) -> None:
+        self._bits = _WRITE if name == "write" else _ANY
+
     def allowed_by(self, prot: Prot) -> bool:
         """Whether ``prot`` lets this access through. Write access implies read access, as on x86."""
-        return int.__and__(prot, _WRITE if self is Access.WRITE else _ANY) != 0  # On plain integers: for every fault.
+        return int.__and__(prot, self._bits) != 0  # On plain integers: for every fault.
 
 
 class MapFlag(enum.IntFlag):

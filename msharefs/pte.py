@@ -31,9 +31,11 @@ NO_FLAGS = PteFlag(0)
 PRESENT: Final = int(PteFlag.PRESENT)
 HUGE: Final = int(PteFlag.HUGE)
 """As plain integers: arithmetic on enum flags takes longer than all else in a fault."""
-_FLAGS_OF_PROT: Final = {
-    Prot(bits): PteFlag.PRESENT | (PteFlag.WRITE if bits & Prot.WRITE else PteFlag.UFFD_WP) for bits in range(8)
-}
+_FLAGS_OF_PROT: Final = tuple(
+    PteFlag.PRESENT | (PteFlag.WRITE if bits & Prot.WRITE else PteFlag.UFFD_WP) for bits in range(8)
+)
+"""By the protection's bits."""
+READ_ONLY: Final = _FLAGS_OF_PROT[Prot.READ]
 
 
 def pte_flags(prot: Prot) -> PteFlag:

@@ -66,9 +66,15 @@ class Vma:
     source: Source | None = None
     advice: Advice = Advice.NORMAL
     count: FaultCount = attrs.field(factory=FaultCount, eq=False, repr=False)
+    tracks_stores: bool = attrs.field(init=False, eq=False, repr=False)
+    """Whether the first store to each page makes it dirty."""
     reports_stores: bool = attrs.field(init=False, eq=False, repr=False)
     """Whether the first store to each page is reported: it is not allowed, or must reach a file. That to a clean page
     of a reference page is, too."""
+
+    @tracks_stores.default
+    def _tracks_stores(self) -> bool:
+        return isinstance(self.source, FileSource) and self.source.shared and not self.source.compared
 
     @reports_stores.default
     def _reports_stores(self) -> bool:
@@ -88,11 +94,6 @@ class Vma:
     def reaches_file(self) -> bool:
         """Whether stores have to reach a file."""
         return isinstance(self.source, FileSource) and self.source.shared
-
-    @property
-    def tracks_stores(self) -> bool:
-        """Whether the first store to each page makes it dirty."""
-        return isinstance(self.source, FileSource) and self.source.shared and not self.source.compared
 
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""

@@ -32,7 +32,7 @@ class VmaSet:
     def find(self, addr: Address) -> Vma | None:
         """The VMA that holds ``addr`` (compare mm/mmap.c:vma_lookup), or None in a hole."""
         found = self._found
-        if found is not None and addr in found.ar:
+        if found is not None and found.ar.start <= addr < found.ar.end:
             return found
         below = self._by_start.bisect_right(addr) - 1
         if below < 0:

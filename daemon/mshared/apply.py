@@ -18,7 +18,7 @@ from mshared import refpages, refusals, sparse, table_sharing
 from mshared.crowd import do_for_all
 from mshared.insisting import insist
 from mshared.live import LiveAttachment, LiveRegion
-from mshared.uffd import Outcome, attempt, outcome_of
+from mshared.uffd import SERVED, Outcome, attempt, outcome_of
 from msharefs import clean_pages, protocol
 from msharefs.addr import Address, AddrRange
 from msharefs.effects import (
@@ -96,7 +96,7 @@ def carry_out(
     work = _Work(region, sum(map(_steps_of, changes)), region.steps if resume else 0)
     if not resume:
         work.begin(changes, noted, reply)
-    for attachment in region.attachments:
+    for attachment in [each for each in region.attachments if each.refused]:
         refusals.take_back(attachment)
     refusals.unpoison_shared(region)
     changing_already, region.changing = region.changing, True
@@ -110,7 +110,7 @@ def carry_out(
             else:
                 read_events()
                 _move_memory(region, effect, work)
-        for attachment in list(region.attachments):
+        for attachment in [each for each in region.attachments if each.poisoned]:
             refusals.unpoison(attachment, read_events)
     except OSError:
         if not resume:
@@ -206,8 +206,11 @@ def _change_all(region: LiveRegion, effect: Arm | Protect, read_events: Callable
     forking: list[LiveAttachment] = []
 
     def change(attachment: LiveAttachment) -> None:
-        if attempt(attachment, lambda: _change(attachment, effect)) is Outcome.RETRY:
-            forking.append(attachment)
+        try:
+            _change(attachment, effect)
+        except OSError as error:
+            if outcome_of(attachment, error) is Outcome.RETRY:
+                forking.append(attachment)
 
     do_for_all(list(region.attachments), change)
     for attachment in forking:
@@ -278,7 +281,7 @@ def fill(attachment: LiveAttachment, ar: AddrRange, source: int, *, protected: b
         attachment.uffd.copy_from(attachment.guest(ar), source, protected=protected)
     except OSError as error:
         return outcome_of(attachment, error)
-    return Outcome.SERVED
+    return SERVED
 
 
 def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
@@ -298,7 +301,7 @@ def _zero_fill(attachment: LiveAttachment, effect: ZeroFill) -> Outcome:
         attachment.uffd.zero(page, protected=effect.protected)
     except OSError as error:
         return outcome_of(attachment, error)
-    return Outcome.SERVED
+    return SERVED
 
 
 def _no_memory(region: LiveRegion, page: AddrRange) -> bool:

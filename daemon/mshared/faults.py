@@ -15,7 +15,7 @@ from mshared import records as rec
 from mshared.filling import Filling, Waiting
 from mshared.live import LiveAttachment
 from mshared.pager import Pager
-from mshared.uffd import Outcome
+from mshared.uffd import SERVED, Outcome
 from msharefs import uffd_abi as abi
 from msharefs.addr import Address
 from msharefs.effects import Allow, Bring, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _ANSWERED_AT_ONCE: Final = (ZeroFill, Allow, FillPattern)
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
+_READ: Final = Access.READ
+_WRITE: Final = Access.WRITE
 
 
 class Faults:
@@ -40,30 +42,37 @@ class Faults:
     def decide(self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int) -> None:
         """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
         region = live.region.model
-        if live.model.id not in self._attached or addr not in live.model.window:
+        window = live.model.window
+        if live.model.id not in self._attached or not window.start <= addr < window.end:
             self._on_stray(Waiting(live, flags, addr, tid, since))
             return
         if live.region.changing or not live.region.book.is_settled():
             self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
             return
         host = Address(addr - live.distance)
-        access = Access.WRITE if flags & _STORE else Access.READ
+        access = _WRITE if flags & _STORE else _READ
         resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP)))
-        if not isinstance(resolution.effect, _ANSWERED_AT_ONCE):
+        effect, vma = resolution.effect, resolution.vma
+        if isinstance(effect, Fill) and vma is not None and self.filling.at_once(live, effect, vma):
+            outcome = SERVED
+        elif not isinstance(effect, _ANSWERED_AT_ONCE):
             self._see_to(Waiting(live, flags, addr, tid, since), resolution)
             return
-        if isinstance(resolution.effect, Allow) and resolution.vma is not None and resolution.vma.reaches_file:
-            page = resolution.effect.ar
-            live.region.note(rec.Dirty(region.id, page, (page,)))
-            if not live.region.book.is_settled():
-                self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
-                return
-        outcome = apply.answer_fault(live, Address(addr), tid, resolution.effect, access)
-        if outcome is Outcome.SERVED:
-            region.count_served(resolution.vma)
-            observed.served(live, flags, addr, tid, since, type(resolution.effect))
+        elif isinstance(effect, Allow) and vma is not None and vma.reaches_file and not self._write_down(live, effect):
+            outcome = Outcome.RETRY
+        else:
+            outcome = apply.answer_fault(live, Address(addr), tid, effect, access)
+        if outcome is SERVED:
+            region.count_served(vma)
+            observed.served(live, flags, addr, tid, since, type(effect))
         elif outcome is Outcome.RETRY:
             self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
+
+    def _write_down(self, live: LiveAttachment, stored_to: Allow) -> bool:
+        """Have the next daemon know of a store to a shared file, before it is allowed; whether it does."""
+        page = stored_to.ar
+        live.region.note(rec.Dirty(live.region.model.id, page, (page,)))
+        return live.region.book.is_settled()
 
     def _again(self, fault: Waiting) -> None:
         self.decide(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since)

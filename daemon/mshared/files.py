@@ -15,6 +15,7 @@ from typing import Final
 import trio
 
 from mshared import libc
+from msharefs.addr import PAGE_SIZE
 
 TMPFS_MAGIC: Final = 0x01021994
 _LOCAL: Final = {TMPFS_MAGIC, 0x958458F6, 0xEF53, 0x58465342, 0x9123683E, 0x794C7630, 0x9FA0, 0x62656572}
@@ -34,6 +35,11 @@ class Buffer:
         memory = mmap.mmap(-1, size)
         self.view = memoryview(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._page = [self.view[:PAGE_SIZE]]
+
+    def first(self, length: int) -> list[memoryview]:
+        """Its first bytes, as preadv(2) takes them."""
+        return self._page if length == PAGE_SIZE else [self.view[:length]]
 
 
 class MappedFile:
@@ -42,18 +48,15 @@ class MappedFile:
     def __init__(self, fd: int, magic: int | None = None) -> None:
         self.fd = fd
         self.magic = filesystem(fd)[0] if magic is None else magic
+        # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
+        self._flags = 0 if self.magic == TMPFS_MAGIC else os.RWF_NOWAIT
 
     def read_now(self, buffer: Buffer, length: int, offset: int) -> bool:
         """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
-        flags = os.RWF_NOWAIT
-        if (
-            self.magic == TMPFS_MAGIC
-        ):  # tmpfs does not know RWF_NOWAIT; it waits for what was swapped out, and for that only.
-            if _swap.in_use(time.monotonic()):
-                return False
-            flags = 0
+        if not self._flags and _swap.in_use(time.monotonic()):
+            return False
         try:
-            return os.preadv(self.fd, [buffer.view[:length]], offset, flags) == length
+            return os.preadv(self.fd, buffer.first(length), offset, self._flags) == length
         except OSError:
             return False  # Reading off the loop tells what is wrong, if anything is.
 

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _SIGBUS_FEATURES: Final = (
     abi.Feature.SIGBUS | abi.Feature.PAGEFAULT_FLAG_WP | abi.Feature.MISSING_SHMEM | abi.Feature.WP_HUGETLBFS_SHMEM
 )
+_PAGEFAULT: Final = int(abi.Event.PAGEFAULT)
 SWEEP_INTERVAL: Final = 1.0
 """Seconds between two looks for address spaces that went without a word."""
 
@@ -272,9 +273,8 @@ class Lifetimes:
         data = live.uffd.read()
         since = time.monotonic_ns()
         for at in range(0, len(data), abi.MESSAGE_SIZE):
-            event = data[at]
-            if event == abi.Event.PAGEFAULT:
-                _, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack_from(data, at)
+            event, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack_from(data, at)
+            if event == _PAGEFAULT:
                 self.faults.decide(live, flags, addr, tid, since)
             elif event == abi.Event.FORK:
                 self.inherit(live, abi.FORK_STRUCT.unpack_from(data, at)[1])

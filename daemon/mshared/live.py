@@ -93,7 +93,7 @@ class LiveAttachment:
         """Where it has the host range ``ar``, to be armed there: parts of it may be staged still."""
         if self.unarmed:
             return []
-        staged = [each for each in self.staged if each.ar.overlaps(ar)]
+        staged = [each for each in self.staged if each.ar.overlaps(ar)] if self.staged else ()
         if not staged:
             return [self.guest(ar)]
         found = []

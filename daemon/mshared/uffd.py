@@ -48,6 +48,10 @@ _zeros = mmap.mmap(-1, PMD_SIZE)
 _ZEROS: Final = ctypes.addressof(ctypes.c_char.from_buffer(_zeros))
 
 
+_WP: Final = int(Arming.WP)
+_WP_CLEAN: Final = int(Arming.WP_CLEAN)
+
+
 class Outcome(enum.Enum):
     """What an ioctl came to, by name (compare CRIU's and firecracker's handlers)."""
 
@@ -57,6 +61,9 @@ class Outcome(enum.Enum):
     GONE = "the process is gone"
     UNMAPPED = "the range is not there any more"
 
+
+SERVED: Final = Outcome.SERVED
+"""What most come to; to look a member of an enum up takes longer than a fault has for it."""
 
 _OUTCOMES: Final = {
     errno.EEXIST: Outcome.EXISTS,
@@ -114,25 +121,26 @@ class Uffd:
 
         A range that was armed with MISSING too goes on reporting that, which does no harm.
         """
-        if not arming:
+        bits = int(arming)  # Arithmetic on an enum's flags takes as long as a system call, and windows are many.
+        if not bits:
             self.unmark(ar)
             self.wake(ar)
             return
-        self._register(ar, arming)
-        if arming & Arming.WP:
+        self._register(ar, bits)
+        if bits & _WP:
             self.write_protect(ar)
-        elif not arming & Arming.WP_CLEAN:
+        elif not bits & _WP_CLEAN:
             # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
             with contextlib.suppress(FileNotFoundError):
                 self.write_protect(ar, protect=False)
 
     def mark(self, ar: AddrRange) -> None:
         """Register memory that nobody touches; neighbours registered alike then show as one mapping."""
-        self._register(ar, Arming.MISSING)
+        self._register(ar, int(Arming.MISSING))
 
     def unmark(self, ar: AddrRange) -> None:
         """UFFDIO_UNREGISTER: faults of ``ar`` are the kernel's again."""
-        fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+        _ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(ar.start, ar.size))
 
     def hand_over(self, ar: AddrRange, taker: Uffd, arming: Arming) -> None:
         """Have another userfaultfd report these faults of ``ar`` from now on. Wakes nobody.
@@ -140,23 +148,22 @@ class Uffd:
         What is protected stays so, and for an instant allows stores: nobody has it. That is why WP and MISSING go
         first: a range registered for them is laid bare, and its waiters woken, when it is let go.
         """
-        self._register(ar, abi.Mode.MINOR)
+        self._register(ar, int(abi.Mode.MINOR))
         self.unmark(ar)
-        taker._register(ar, arming)
+        taker._register(ar, int(arming))
         if arming & Arming.WP:
             with contextlib.suppress(BlockingIOError):  # A fork is under way; protected it is, unless it was stored to.
                 taker.write_protect(ar)
 
-    def _register(self, ar: AddrRange, arming: Arming | abi.Mode) -> None:
-        mode = int(arming)
-        if isinstance(arming, Arming) and arming & Arming.WP_CLEAN:
-            mode = int(arming & ~Arming.WP_CLEAN | Arming.WP)
-        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, mode, 0))
+    def _register(self, ar: AddrRange, bits: int) -> None:
+        """``bits`` of Arming or of Mode, which agree where both have a name."""
+        mode = bits & ~_WP_CLEAN | _WP if bits & _WP_CLEAN else bits
+        _ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, mode, 0))
 
     def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
         """UFFDIO_WRITEPROTECT: the next store to each page is reported, or no longer (which wakes who waits)."""
         mode = abi.WRITEPROTECT_MODE_WP if protect else 0
-        fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
+        _ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
 
     def zero(self, ar: AddrRange, *, protected: bool) -> None:
         """Fill one page, small or huge, with zeros and wake who waits for it; ``protected`` keeps it write-protected.
@@ -166,7 +173,7 @@ class Uffd:
         if protected or ar.size > PAGE_SIZE:
             self.copy_from(ar, _ZEROS, protected=protected)
         else:
-            fcntl.ioctl(self.fd, abi.UFFDIO_ZEROPAGE, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+            _ioctl(self.fd, abi.UFFDIO_ZEROPAGE, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
 
     def copy(self, ar: AddrRange, data: bytes) -> None:
         """Fill ``ar`` with ``data`` and wake who waits for it."""
@@ -175,7 +182,7 @@ class Uffd:
     def copy_from(self, ar: AddrRange, source: int, *, protected: bool = False) -> None:
         """Fill ``ar`` with what this process has at ``source``; ``protected`` keeps it write-protected."""
         mode = abi.COPY_MODE_WP if protected else 0
-        fcntl.ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.size, mode, 0))
+        _ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.end - ar.start, mode, 0))
 
     def copy_some(self, ar: AddrRange, source: int, *, protected: bool) -> int:
         """The same, up to the first page that is there already; how many bytes came. Raises OSError if none did."""
@@ -202,7 +209,7 @@ class Uffd:
 
     def wake(self, ar: AddrRange) -> None:
         """UFFDIO_WAKE: whoever waits in ``ar`` tries again."""
-        fcntl.ioctl(self.fd, abi.UFFDIO_WAKE, abi.RANGE_STRUCT.pack(ar.start, ar.size))
+        _ioctl(self.fd, abi.UFFDIO_WAKE, abi.RANGE_STRUCT.pack(ar.start, ar.size))
 
     def poison(self, ar: AddrRange) -> None:
         """UFFDIO_POISON: the thread gets a SIGBUS that it cannot block, or its system call EFAULT; so do later ones.
@@ -210,12 +217,12 @@ class Uffd:
         A SIGBUS leaves a line in dmesg. Raises FileExistsError where anything is: a page, a mark, or the mark by which
         a page that is to come is protected.
         """
-        fcntl.ioctl(self.fd, abi.UFFDIO_POISON, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
+        _ioctl(self.fd, abi.UFFDIO_POISON, abi.FILL_STRUCT.pack(ar.start, ar.size, 0, 0))
 
     def unprotect_empty(self, ar: AddrRange) -> None:
         """Take away the marks by which pages that are to come are protected; who waits goes on waiting."""
         mode = abi.WRITEPROTECT_MODE_DONTWAKE
-        fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
+        _ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
 
     def show(self, ar: AddrRange, *, protected: bool) -> None:
         """Put the page that the file has in the place of a poison mark. Raises FileNotFoundError where it has none.
@@ -264,6 +271,11 @@ def _tell_of_waiting_fork() -> None:
     if time.monotonic() > _told + _SELDOM:
         _told = time.monotonic()
         log.warning("a client waits in fork(), for which no descriptor is left; raise LimitNOFILE, ulimit -n")
+
+
+def _ioctl(fd: int, number: int, request: bytes) -> None:
+    """Run an ioctl whose answer does not matter: from what may be changed, Python takes it without a detour."""
+    fcntl.ioctl(fd, number, bytearray(request))
 
 
 def address_of(data: bytes) -> int:

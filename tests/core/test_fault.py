@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange, FrameNo
@@ -194,5 +195,5 @@ def test_a_page_that_is_dirty_by_now_was_missing_once_and_stays_dirty() -> None:
     mm = mm_with_file()
     mm.filled(pages(3, 4))
     mm.stored_to(pages(3, 4))
-    assert handle_fault(mm, Fault(within(3), Access.READ)).effect == FILL
+    assert handle_fault(mm, Fault(within(3), Access.READ)).effect == attrs.evolve(FILL, there=True)
     assert mm.dirty(REGION) == [pages(3, 4)]

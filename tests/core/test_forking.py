@@ -365,7 +365,7 @@ def test_a_touch_of_a_private_file_told_late_does_not_lose_what_relatives_refer_
     mm.mmap(pages(5, 10), 5 * PAGE_SIZE, fixed=True, replace=True, source=source(1, shared=False))
     mm.filled(page(5))
     fork(mm)
-    assert touch(mm, 5) == Fill(page(5), FileId(1), 0)
+    assert touch(mm, 5) == Fill(page(5), FileId(1), 0, there=True)
     assert store_at(mm, 5) == 0
     check(mm)
     assert store(mm, 5) == [copy(5, 6, 0, 1)]

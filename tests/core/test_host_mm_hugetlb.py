@@ -301,8 +301,8 @@ class TestFiles:
         show(mm, 0, 10, SHARED)
         mm.filled(pages(2, 4))
         touch(mm, 3, Access.WRITE, protected=True)
-        for number in (2, 3):
-            assert touch(mm, number) == Fill(pages(number, number + 1), FileId(1), number * PMD_SIZE)
+        for number, there in ((2, False), (3, True)):
+            assert touch(mm, number) == Fill(pages(number, number + 1), FileId(1), number * PMD_SIZE, there)
         assert installed(mm) == [(3, DIRTY)]
 
     def test_stores_reach_the_file_before_an_unmapping(self) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
 
 from mshared import apply, files
 from mshared.backing import MemfdStore
+from mshared.comparing import Digests
 from mshared.files import MappedFile
 from mshared.filling import Filling, Waiting
 from mshared.live import LiveAttachment, LiveRegion
@@ -24,11 +26,12 @@ from mshared.uffd import Outcome
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, WINDOW_START, Address, AddrRange
 from msharefs.effects import Deliver, Fill
+from msharefs.invariants import check_mm
 from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Advice, Credentials, Ownership, Prot
 from msharefs.readahead import MOST, PIECE
 from msharefs.region import BackingKind
-from msharefs.vma import FileSource
+from msharefs.vma import FileSource, Vma
 
 SIZE = 4 * PMD_SIZE
 PAGES = SIZE // PAGE_SIZE
@@ -88,12 +91,15 @@ class World:
     def fault(self, page: int, attachment: LiveAttachment | None = None) -> None:
         live = attachment or self.attachment
         addr = live.model.window.start + page * PAGE_SIZE + 77
+        self.filling.request(*self.wanted(page), Waiting(live, abi.FLAG_WRITE, addr, 5, 0))
+
+    def wanted(self, page: int) -> tuple[Fill, Vma]:
+        """What the model says of a page, and where it lies."""
         vma = self.model.mm.vmas.find(self.page(page).start)
         assert vma is not None
-        source = vma.source_at(self.page(page).start)
+        source = vma.file_at(self.page(page).start)
         assert source is not None
-        fill = Fill(self.page(page), source.file, source.offset)
-        self.filling.request(fill, vma, Waiting(live, abi.FLAG_WRITE, addr, 5, 0))
+        return Fill(self.page(page), source.file, source.offset), vma
 
     def page(self, number: int) -> AddrRange:
         return AddrRange.sized(self.model.ar.start + number * PAGE_SIZE, PAGE_SIZE)
@@ -313,6 +319,41 @@ class TestAtOnce:
             (world.page(3), bytes([byte_of(3)])),
             (world.page(9), bytes([byte_of(9)])),
         ]
+
+    def test_a_page_read_at_random_goes_into_the_window_without_being_asked_for(
+        self, world: World, filled: list[tuple[AddrRange, bytes, bool]]
+    ) -> None:
+        world.model.mm.madvise_reading(world.model.ar, Advice.RANDOM)
+        assert world.filling.at_once(world.attachment, *world.wanted(9))
+        assert filled == [(world.page(9), bytes([byte_of(9)]) * PAGE_SIZE, True)]
+        assert world.model.mm.table.present(world.model.ar) == [world.page(9)]
+        check_mm(world.model.mm)
+
+    @pytest.mark.parametrize("why", ["in order", "there", "on disk", "being read", "compared", "read-only"])
+    def test_otherwise_nothing_is_done_before_it_is_asked_for(
+        self, world: World, filled: list[tuple[AddrRange, bytes, bool]], why: str
+    ) -> None:
+        world.model.mm.madvise_reading(world.model.ar, Advice.NORMAL if why == "in order" else Advice.RANDOM)
+        fill, vma = world.wanted(9)
+        fill = attrs.evolve(fill, there=why == "there")
+        world.in_memory = why != "on disk"
+        world.attachment.model.readonly = why == "read-only"
+        if why == "being read":
+            world.region.reading.under_way.append(world.page(100))
+        if why == "compared":
+            world.region.digests = Digests()
+        assert not world.filling.at_once(world.attachment, fill, vma)
+        assert (filled, world.at_once, world.model.mm.table.pages) == ([], [], 0)
+
+    @pytest.mark.parametrize("outcome", [Outcome.EXISTS, Outcome.RETRY, Outcome.UNMAPPED, Outcome.GONE])
+    def test_what_the_window_did_not_take_is_not_in_the_tables(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+    ) -> None:
+        world.in_memory = True
+        world.model.mm.madvise_reading(world.model.ar, Advice.RANDOM)
+        monkeypatch.setattr(apply, "fill", lambda *_args, **_options: outcome)
+        assert not world.filling.at_once(world.attachment, *world.wanted(9))
+        assert world.model.mm.table.pages == 0
 
     def test_what_is_there_already_stays(self, world: World, filled: list[tuple[AddrRange, bytes, bool]]) -> None:
         world.model.mm.filled(world.page(4))
