@@ -3,6 +3,9 @@
 A page that was only read is *clean*: it holds what its reference page says, every process that stores to it is
 reported, and it can go at any time. What the tables hold beside those counts as written, and is never let go. That
 includes what a store has brought along beside its own page, and what came back from the stash.
+
+Of pages that were there when a daemon ended the next one does not know which were written (``HostMm.unsure``). They
+count as written, until somebody looks: what is protected, and holds what its reference page says, is clean.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, united
+from msharefs.armings import cut
 from msharefs.effects import Punch
 from msharefs.perms import Access, Advice, Prot
 from msharefs.pte import Pte, PteFlag, pte_flags
@@ -17,6 +21,7 @@ from msharefs.vma import Arming, Vma
 
 if TYPE_CHECKING:
     from msharefs.host_mm import HostMm
+    from msharefs.refpage import RefPage
 
 
 FLAGS: Final = pte_flags(Prot.READ) | PteFlag.CLEAN
@@ -27,6 +32,28 @@ def clean(mm: HostMm, ar: AddrRange) -> list[AddrRange]:
     """The clean pages in ``ar``, in order, neighbours as one."""
     parts = [vma.clipped(ar).ar for vma in mm.vmas.overlapping(ar) if vma.refpage is not None]
     return united(run for part in parts for run, pte in mm.table.runs(part) if pte.flags & PteFlag.CLEAN)
+
+
+def unsure(mm: HostMm, ar: AddrRange) -> list[AddrRange]:
+    """The parts of ``ar`` in which it is not known what was written, in order. Those with relatives must wait."""
+    found = [] if mm.rule.forked else [part for each in mm.unsure if (part := each.intersect(ar)) is not None]
+    return united(sorted(found))
+
+
+def look(mm: HostMm, ar: AddrRange) -> list[tuple[AddrRange, RefPage]]:
+    """What is to be protected in ``ar``, and looked at then: pages that count as written, and what they may hold."""
+    mm.unsure = [part for each in mm.unsure for part in cut(each, [ar.start, ar.end]) if not ar.covers(part)]
+    found = []
+    for vma in mm.vmas.overlapping(ar):
+        if vma.refpage is not None:
+            runs = mm.table.runs(vma.clipped(ar).ar)
+            found += [(run, vma.refpage) for run, pte in runs if not pte.flags & PteFlag.CLEAN]
+    return found
+
+
+def found_clean(mm: HostMm, ar: AddrRange) -> None:
+    """Note that pages hold what their reference page says. Preconditions: they have been protected since before."""
+    mm.enter(ar, FLAGS)
 
 
 def drop(mm: HostMm, ar: AddrRange) -> list[Punch]:

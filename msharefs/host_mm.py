@@ -81,6 +81,8 @@ class HostMm:
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
         self.storable = Storable(ar.size // page)
+        self.unsure: list[AddrRange] = []
+        """Where pages were restored of which nobody knows whether they are clean."""
 
     @property
     def granule(self) -> int:

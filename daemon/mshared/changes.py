@@ -17,12 +17,13 @@ import trio
 from mshared import apply, book
 from mshared import records as rec
 from mshared.comparing import write_changed
+from mshared.dropping import drop_clean
 from mshared.files import filesystem, let_go
 from mshared.killpoints import point
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.refusals import refill
 from mshared.writeback import flush, sync_files
-from msharefs import clean_pages, protocol
+from msharefs import protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
 from msharefs.effects import Change
 from msharefs.errors import (
@@ -44,8 +45,6 @@ _KNOWN_FLAGS = MapFlag(sum(MapFlag))
 _AT_ONCE: Final = 8 * PMD_SIZE
 """Bytes of huge pages that are zeroed before others have their turn: some milliseconds."""
 _PRIVATE = MapFlag.PRIVATE | MapFlag.ANONYMOUS
-_RUNS_AT_ONCE: Final = 64
-"""Ranges that are given back before others have their turn."""
 
 
 class Changes:
@@ -195,7 +194,7 @@ class Changes:
         if advice is Advice.REMOVE:
             await self._remove(live, ar)
         elif advice in (Advice.COLD, Advice.PAGEOUT):
-            await self._drop_clean(live.region, ar)
+            await drop_clean(live.region, ar, self._read_events)
         elif advice in (Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL):
             mm.madvise_reading(ar, advice)
             live.region.note(book.mapped(live.region, ar))
@@ -218,15 +217,6 @@ class Changes:
             await region.family.make_way(mm, piece)
             reply = protocol.Done() if piece.end == ar.end else None
             self._change(live, piece, partial(mm.madvise_remove, piece), partial(_tuple, piece, reply), cleared=True)
-
-    async def _drop_clean(self, region: LiveRegion, ar: AddrRange) -> None:
-        """Give back pages that show a reference page and were only read."""
-        runs = clean_pages.clean(region.model.mm, ar)
-        for first in range(0, len(runs), _RUNS_AT_ONCE):
-            some = runs[first : first + _RUNS_AT_ONCE]
-            dropped = [effect for run in some for effect in clean_pages.drop(region.model.mm, run)]
-            apply.carry_out(region, dropped, self._read_events)
-            await trio.lowlevel.checkpoint()
 
     async def _flush(self, live: LiveAttachment, ar: AddrRange) -> None:
         """Write back beforehand: what a change writes back by itself, on the loop, is then little."""

@@ -213,6 +213,7 @@ class Recovery:
         for run in saved.dirty:
             for vma in filter(lambda vma: vma.reaches_file, mm.vmas.overlapping(run)):
                 mm.enter(vma.clipped(run).ar, pte_flags(PROT_RW) | PteFlag.DIRTY)
+        mm.unsure = [run for vma in mm.vmas if vma.refpage is not None for run in mm.table.present(vma.ar)]
 
     def _attach_all(self) -> None:
         """Attachments whose process and window are there still, and the namespace with all regions."""

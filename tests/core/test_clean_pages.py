@@ -227,6 +227,28 @@ def test_bringing_the_tables_up_to_date_keeps_what_is_clean() -> None:
     check_mm(mm)
 
 
+def test_what_was_restored_is_clean_once_it_was_looked_at() -> None:
+    mm = mm_with(0, 16)
+    mm.sync([pages(2, 8)], huge=False)
+    mm.unsure = [pages(2, 8)]
+    assert clean_pages.clean(mm, REGION) == []
+    assert clean_pages.unsure(mm, pages(0, 6)) == [pages(2, 6)]
+    assert clean_pages.look(mm, pages(0, 6)) == [(pages(2, 6), AA)]
+    clean_pages.found_clean(mm, pages(3, 5))
+    check_mm(mm)
+    assert (clean_pages.unsure(mm, REGION), clean_pages.clean(mm, REGION)) == ([pages(6, 8)], [pages(3, 5)])
+    assert clean_pages.look(mm, pages(0, 6)) == [(pages(2, 3), AA), (pages(5, 6), AA)]
+    assert clean_pages.drop(mm, REGION) == [Punch(pages(3, 5))]
+    assert touch(mm, 2, WRITE, protected=True).covers(pages(2, 3))
+
+
+def test_what_has_relatives_is_not_looked_at() -> None:
+    mm = mm_with(0, 16)
+    mm.unsure = [pages(0, 4)]
+    forking.shield(mm)
+    assert clean_pages.unsure(mm, REGION) == []
+
+
 def test_whole_huge_pages_are_leaves() -> None:
     mm = mm_with(0, 1024)
     clean_pages.came(mm, pages(512, 1024), clean=False, huge=True)

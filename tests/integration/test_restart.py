@@ -6,6 +6,7 @@ import errno
 import os
 import pwd
 import signal
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,78 @@ class TestFiles:
         assert (tmp_path / "p").read_bytes() == b"p" * 2 * PAGE
 
 
+class TestReferencePages:
+    """Which of their pages were only read the next daemon finds out when it is asked to give them back."""
+
+    SHOW = "mshare.MAP_REFPAGE | MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED"
+    STORE = """
+        def store():
+            "Into each page, in an order and at an offset of one's own, and not all at once."
+            pages = list(range(1024)); random.Random(number).shuffle(pages)
+            for page in pages:
+                sum(range(3000)); r.buf[page * PAGE + number] = number
+        """
+
+    @pytest.fixture(params=["thp", "4k"])
+    def pair(self, client: Callable[..., Client], name: str, request: pytest.FixtureRequest) -> tuple[Client, Client]:
+        """Two processes on a region of 4 MiB that shows 0xAA."""
+        one, other = client(), client()
+        for c, how in ((one, f"None, 4 * MIB, CREATE, backing={request.param!r}"), (other, "0x6000_0000_0000, 0, RW")):
+            c.do(f"{CONSTANTS}\nr = mshare.mshare({name!r}, {how})")
+        one.do(f"r.mmap(4 * MIB, flags={self.SHOW}, offset=0, refpage=mshare.refpage_create(b'\\xaa'))")
+        return one, other
+
+    def test_pages_that_hold_the_pattern_are_given_back_and_no_others(
+        self, daemon: Daemon, pair: tuple[Client, Client]
+    ) -> None:
+        one, other = pair
+        one.do("for page in range(0, 1000, 2): r.buf[page * PAGE]")
+        other.do("for page in range(0, 1000, 4): r.buf[page * PAGE + 5] = 1 + page % 100")
+        one.do("r.mprotect(1000 * PAGE, 24 * PAGE, PROT_READ); r.buf[1001 * PAGE]")
+        killed(daemon)
+        other.do("for page in range(0, 100, 4): r.buf[page * PAGE + 6] = 9")
+        before = one.ask("r.stat().resident") // PAGE
+        one.do("r.madvise(0, 4 * MIB, 20)")
+        assert (before, one.ask("(r.stat().resident // PAGE, r.stat().clean)")) == (501, [250, 0])
+        for c in pair:
+            assert c.ask("all(r.buf[page * PAGE + 5] == (1 + page % 100, 0xAA)[page % 4 > 0] for page in range(1000))")
+            assert c.ask("all(r.buf[page * PAGE + 6] == (0xAA if page % 4 else 9) for page in range(100))")
+            assert c.ask("bytes(r.buf[1000 * PAGE :]) == b'\\xaa' * 24 * PAGE")
+        other.do("for page in range(0, 1000, 3): r.buf[page * PAGE + 7] = 3")
+        assert one.ask("all(r.buf[page * PAGE + 7] == (0xAA if page % 3 else 3) for page in range(1000))")
+
+    def test_no_store_is_lost_to_it(
+        self, daemon: Daemon, pair: tuple[Client, Client], client: Callable[..., Client], name: str
+    ) -> None:
+        """By processes, and their children, that store while pages are looked at and given back."""
+        third = client()
+        third.do(f"r = mshare.mshare({name!r}, 0x6100_0000_0000, 0, RW)")
+        third.do("for page in range(1024): r.buf[page * PAGE] = 0xAA")  # Nobody has them protected.
+        for number, c in enumerate(pair):
+            c.do(f"number = {number}\n{textwrap.dedent(self.STORE)}")
+        killed(daemon)
+        third.ask("r.stat().size")
+        pair[0].send(ask="fork('store()')")
+        pair[1].send(do="store()")
+        while not pair[1].answers(0):
+            third.do("r.madvise(0, 4 * MIB, 21)")
+        pair[1].receive()
+        assert pair[0].receive() == 0
+        for c in (*pair, third):
+            c.do("r.madvise(0, 4 * MIB, 21)")
+            assert c.ask("all(bytes(r.buf[page * PAGE : page * PAGE + 3]) == b'\\0\\1\\xaa' for page in range(1024))")
+
+    def test_what_a_fork_refers_to_stays(self, daemon: Daemon, pair: tuple[Client, Client], name: str) -> None:
+        one, other = pair
+        one.do(f"for page in range(8): r.buf[page * PAGE] = 0xAA\nr.buf[0] = 1; r.fork({name + 't'!r})")
+        killed(daemon)
+        one.do("r.madvise(0, 4 * MIB, 20)")
+        other.do(f"t = mshare.mshare({name + 't'!r}, 0x6100_0000_0000, 0, RW)")
+        for c, which in ((other, "t"), (one, "r")):
+            assert c.ask(f"bytes({which}.buf[: 8 * PAGE]) == b'\\1' + b'\\xaa' * (8 * PAGE - 1)")
+        other.do("t.detach()")
+
+
 class TestForks:
     """Regions that are forks of each other."""
 
@@ -418,6 +491,21 @@ class TestHugePages:
         c.do("s.mprotect(H, H, PROT_READ)")
         assert c.ask("(r.buf[0], s.buf[0], s.buf[H])") == [4, 1, 2]
         c.do("mshare.mshare_unlink('s'); mshare.mshare_unlink('r')")
+
+    def test_pages_that_hold_their_reference_page_go_back(self, daemon: Daemon, client: Callable[..., Client]) -> None:
+        c = client()
+        c.do(f"{CONSTANTS}; H = 2 * MIB; r = mshare.mshare('r', None, GIB, CREATE, backing='hugetlb', empty=True)")
+        c.do(f"r.mmap(8 * H, flags={TestReferencePages.SHOW}, offset=0, refpage=mshare.refpage_create(b'\\xaa'))")
+        c.do("for page in range(6): r.buf[page * H]")
+        c.do("r.buf[H + 5] = r.buf[6 * H] = 1")
+        killed(daemon)
+        assert c.ask("r.stat().resident // H") == 7
+        c.do("r.madvise(0, 8 * H, 20)")
+        assert c.ask("r.stat().resident // H") == 2
+        c.do("r.buf[2 * H] = r.buf[H + 6] = 2")
+        seen = c.ask("(bytes(r.buf[H + 4 : H + 7]).hex(), r.buf[6 * H], bytes(r.buf[2 * H :][:2]).hex())")
+        assert seen == ["aa0102", 1, "02aa"]
+        c.do("mshare.mshare_unlink('r')")
 
     def test_what_the_pool_was_raised_by_is_given_back_by_the_last(
         self, daemon: Daemon, client: Callable[..., Client]
