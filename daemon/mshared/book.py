@@ -155,7 +155,10 @@ def region_is(region: LiveRegion) -> rec.RegionIs:
         mm.store,
     )
     path, mount = (None if each is None else str(each) for each in (backing.path, backing.mount))
-    memory = rec.Memory(backing.fd, backing.writable, backing.readonly, region.stash_fd, backing.start, path, mount)
+    digests = region.digests.fd if region.digests is not None else None
+    memory = rec.Memory(
+        backing.fd, backing.writable, backing.readonly, region.stash_fd, backing.start, path, mount, digests
+    )
     fields = rec.region_fields(region.model)
     return rec.RegionIs(fields, layout, memory, region.created_ns, region.closed, region.sponsor)
 

@@ -3,6 +3,9 @@
 Where the kernel shares page tables, write-protection would end that. So each page is remembered by what it was when it
 came from the file, or was written to it last: by digests of its pieces of 4 KiB. Writing back looks through all pages,
 and writes the pieces that are others now. As long as nobody may write, nothing is remembered.
+
+Digests lie in a file in memory, which outlives the daemon. It may die when a page is there, or written, and not
+remembered yet: such a page is other than its digest, or has none, and is written once more by the next daemon.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from mshared import files
+from mshared import files, sparse
 from mshared.files import Buffer, write_within
 from mshared.filler import Filler
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, round_up, united
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from mshared.live import LiveRegion
 
 _DIGEST: Final = 16
+_MARKS: Final = PMD_SIZE // PAGE_SIZE * _DIGEST
+"""Bytes of digests that a page has."""
+_UNKNOWN: Final = b"\xff" * _MARKS
+"""Of a page of which nobody knows what it was: it is written. No page has such digests, nor zeros."""
 _AT_ONCE: Final = 16
 """Pages that one visit to a worker thread sees to."""
 
@@ -35,26 +42,60 @@ _AT_ONCE: Final = 16
 class Digests:
     """Of the pages of a region, by offset in it, each as many bytes as it has pieces times 16.
 
-    ``wanted`` once anybody may write; ``writers``: whether anybody could since all was compared last.
+    They lie in ``fd``, which it owns. ``writers``: whether anybody could write since all was compared last.
     """
 
-    of: dict[int, bytes] = attrs.Factory(dict)
-    wanted: bool = False
+    fd: int = attrs.field(factory=lambda: os.memfd_create("msharefs-digests", os.MFD_CLOEXEC))
     writers: bool = False
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody may write, or could once."""
+        return bool(os.fstat(self.fd).st_size)
+
+    def want(self) -> None:
+        """Somebody may write from now on."""
+        os.ftruncate(self.fd, max(_MARKS, os.fstat(self.fd).st_size))
+
+    def __getitem__(self, offset: int) -> bytes:
+        """Of a page; zeros if it is not remembered."""
+        return os.pread(self.fd, _MARKS, offset // PMD_SIZE * _MARKS).ljust(_MARKS, b"\0")
+
+    def __setitem__(self, offset: int, marks: bytes) -> None:
+        """Raises OSError without memory."""
+        os.pwrite(self.fd, marks, offset // PMD_SIZE * _MARKS)
+
+    def __iter__(self) -> Iterator[int]:
+        """The pages that are remembered, by offset, in order."""
+        for part in sparse.extents(self.fd):
+            offsets = (at // _MARKS * PMD_SIZE for at in range(part.start, part.end, _MARKS))
+            yield from (offset for offset in offsets if any(self[offset]))
+
+    def close(self) -> None:
+        """Forget all."""
+        os.close(self.fd)
+
     def note(self, ar: AddrRange, marks: bytes, start: int) -> None:
-        """Remember the pages of a range of offsets, by the digests of what was read from offset ``start`` on."""
-        size = PMD_SIZE // PAGE_SIZE * _DIGEST
-        for page in ar.pieces(PMD_SIZE):
-            at = (page.start - start) // PMD_SIZE * size
-            self.of[page.start] = marks[at : at + size]
+        """Remember the pages of a range of offsets, by the digests of what was read from ``start`` on, if wanted."""
+        for page in ar.pieces(PMD_SIZE) if self.wanted else ():
+            at = (page.start - start) // PMD_SIZE * _MARKS
+            self[page.start] = marks[at : at + _MARKS]
 
 
-def of_the_unknown(held: Iterable[AddrRange]) -> Digests:
-    """Of pages that are there, in ranges of offsets, and of which nobody knows what they were: all are written."""
-    nothing = bytes(PMD_SIZE // PAGE_SIZE * _DIGEST)
-    pages = (page.start for part in held for page in part.pieces(PMD_SIZE))
-    return Digests(dict.fromkeys(pages, nothing), wanted=True, writers=True)
+def restored(fd: int | None, held: Iterable[AddrRange]) -> Digests:
+    """Those that an earlier daemon has left, for the pages that are there, in ranges of offsets.
+
+    If they were wanted, what is there and not remembered is written. ``fd`` None: nobody has kept any.
+    """
+    found = Digests() if fd is None else Digests(fd)
+    if fd is None:
+        found.want()
+    found.writers = found.wanted
+    known = set(found)
+    for page in (page.start for part in held for page in part.pieces(PMD_SIZE)):
+        if found.wanted and page not in known:
+            found[page] = _UNKNOWN
+    return found
 
 
 def digest(data: bytes | memoryview) -> bytes:
@@ -81,7 +122,7 @@ async def let_write(region: LiveRegion) -> None:
     digests = region.digests
     if digests is None or digests.wanted:
         return
-    digests.wanted = True
+    digests.want()
     with region.backing.duplicate() as memory:
         for some in _batches(_pages(region)):
             await trio.to_thread.run_sync(_remember, memory, some, digests, limiter=region.reading.limiter)
@@ -95,7 +136,7 @@ async def write_changed(region: LiveRegion) -> None:
     digests.writers = any(not attachment.model.readonly for attachment in region.attachments)
     try:
         with region.backing.duplicate() as memory, _file(region) as (file, start):
-            for some in _batches(list(digests.of)):
+            for some in _batches(list(digests)):
                 await trio.to_thread.run_sync(
                     _write_some, memory, file, start, some, digests, limiter=region.reading.limiter
                 )
@@ -110,7 +151,7 @@ def write_changed_now(region: LiveRegion) -> None:
     if digests is not None and digests.writers:
         digests.writers = False
         with _file(region) as (file, start):
-            _write_some(region.backing.fd, file, start, list(digests.of), digests)
+            _write_some(region.backing.fd, file, start, list(digests), digests)
 
 
 async def read_in(region: LiveRegion) -> None:
@@ -159,7 +200,7 @@ def _file(region: LiveRegion) -> Iterator[tuple[int, int]]:
 
 def _remember(memory: int, offsets: Sequence[int], digests: Digests) -> None:
     for offset in offsets:
-        digests.of[offset] = digest(os.pread(memory, PMD_SIZE, offset))
+        digests[offset] = digest(os.pread(memory, PMD_SIZE, offset))
 
 
 def _write_some(memory: int, file: int, start: int, offsets: Sequence[int], digests: Digests) -> None:
@@ -167,9 +208,9 @@ def _write_some(memory: int, file: int, start: int, offsets: Sequence[int], dige
     for offset in offsets:
         data = memoryview(os.pread(memory, PMD_SIZE, offset))
         now = digest(data)
-        for part in changed(digests.of[offset], now):
+        for part in changed(digests[offset], now):
             write_within(file, data[part.start : part.end], start + offset + part.start)
-        digests.of[offset] = now
+        digests[offset] = now
 
 
 def _read_some(file: int, start: int, offsets: Sequence[int], filler: Filler, digests: Digests | None) -> None:
@@ -182,4 +223,4 @@ def _read_some(file: int, start: int, offsets: Sequence[int], filler: Filler, di
         buffer.view[end:] = bytes(PMD_SIZE - end)
         was = digest(buffer.view) if digests is not None and digests.wanted else None
         if filler.copy_from(offset, buffer.address, PMD_SIZE) and digests is not None and was is not None:
-            digests.of[offset] = was
+            digests[offset] = was

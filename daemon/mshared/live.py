@@ -389,6 +389,8 @@ class LiveRegion:
             self.book.commit(region_is(self))  # Before the number of any descriptor stands for something else.
         if stash is not None:
             os.close(stash)
+        if self.digests is not None:
+            self.digests.close()
         for file in self.files.values():
             file.close()
         self.files.clear()

@@ -40,7 +40,7 @@ class Layout:
 
 @attrs.frozen
 class Memory:
-    """Descriptors of a region's backing (the daemon's own, and what clients get) and its stash, if it has one.
+    """Descriptors of a region's backing (the daemon's own, and what clients get), and its stash and digests, if any.
 
     Others as in ``Backing``.
     """
@@ -52,6 +52,7 @@ class Memory:
     start: int = 0
     path: str | None = None
     mount: str | None = None
+    digests: int | None = None
 
 
 @attrs.frozen

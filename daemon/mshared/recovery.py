@@ -208,7 +208,7 @@ class Recovery:
             return
         inside = live.held(AddrRange.sized(0, mm.ar.size))
         if any(vma.file is not None and vma.file.compared for vma in mm.vmas):
-            live.digests = comparing.of_the_unknown(inside)
+            live.digests = comparing.restored(self._take(saved.last.memory.digests), inside)
         forking.restore_pages(mm, [part.moved(mm.ar.start) for part in inside], saved.foreign)
         for run in saved.dirty:
             for vma in filter(lambda vma: vma.reaches_file, mm.vmas.overlapping(run)):

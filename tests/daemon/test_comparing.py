@@ -99,7 +99,36 @@ class TestDigests:
         first, second = b"a" * PMD_SIZE, b"b" * PMD_SIZE
         digests = Digests()
         digests.note(AddrRange.sized(4 * PMD_SIZE, PMD_SIZE), digest(first + second), 3 * PMD_SIZE)
-        assert digests.of == {4 * PMD_SIZE: digest(second)}
+        assert not digests.wanted
+        digests.want()
+        digests.note(AddrRange.sized(4 * PMD_SIZE, PMD_SIZE), digest(first + second), 3 * PMD_SIZE)
+        assert {page: digests[page] for page in digests} == {4 * PMD_SIZE: digest(second)}
+        digests.close()
+
+    def test_those_that_were_kept_are_there_again(self) -> None:
+        """Of a page that is there and has none, all pieces are others."""
+        digests, held = Digests(), [AddrRange(Address(0), Address(3 * PMD_SIZE))]
+        digests.want()
+        digests[PMD_SIZE] = digest(b"a" * PMD_SIZE)
+        again = comparing.restored(os.dup(digests.fd), held)
+        assert (again.wanted, again.writers, list(again)) == (True, True, [0, PMD_SIZE, 2 * PMD_SIZE])
+        assert [changed(again[page], digest(b"a" * PMD_SIZE)) for page in again] == [
+            [AddrRange(Address(0), Address(PMD_SIZE))],
+            [],
+            [AddrRange(Address(0), Address(PMD_SIZE))],
+        ]
+        for each in (digests, again):
+            each.close()
+
+    def test_where_nobody_could_write_nothing_is_written(self) -> None:
+        again = comparing.restored(Digests().fd, [AddrRange(Address(0), Address(3 * PMD_SIZE))])
+        assert (again.wanted, again.writers, list(again)) == (False, False, [])
+        again.close()
+
+    def test_where_nobody_has_kept_them_all_is_written(self) -> None:
+        again = comparing.restored(None, [AddrRange(Address(0), Address(PMD_SIZE))])
+        assert (again.wanted, again.writers, list(again)) == (True, True, [0])
+        again.close()
 
     def test_a_read_past_the_end_is_remembered_with_zeros(self, world: World) -> None:
         with world.path.open("rb") as file:
@@ -116,7 +145,7 @@ class TestReadingIn:
 
     def test_nothing_is_remembered_for_readers(self, world: World) -> None:
         world.read_in()
-        assert world.digests.of == {}
+        assert list(world.digests) == []
         assert not world.live.has_stores
 
     def test_what_is_there_stays(self, world: World) -> None:
@@ -126,7 +155,7 @@ class TestReadingIn:
         world.live.model.mm.filled(page)
         world.read_in()
         assert set(world.live.backing.read(PMD_SIZE, PMD_SIZE)) == {2}
-        assert sorted(world.digests.of) == [0, 2 * PMD_SIZE]
+        assert list(world.digests) == [0, 2 * PMD_SIZE]
 
     def test_a_file_that_has_shrunk_meanwhile_is_zeros(self, world: World) -> None:
         os.truncate(world.path, START + 10)
@@ -172,7 +201,7 @@ class TestWriting:
         """Pages are remembered before anybody can store."""
         world.read_in()
         world.let_write()
-        assert sorted(world.digests.of) == [0, PMD_SIZE, 2 * PMD_SIZE]
+        assert list(world.digests) == [0, PMD_SIZE, 2 * PMD_SIZE]
         world.store(PMD_SIZE, b"x")
         world.let_write()
         world.write_changed()

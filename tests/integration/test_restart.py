@@ -492,6 +492,53 @@ class TestHugePages:
         assert c.ask("(r.buf[0], s.buf[0], s.buf[H])") == [4, 1, 2]
         c.do("mshare.mshare_unlink('s'); mshare.mshare_unlink('r')")
 
+    def test_a_mapped_file_gets_what_was_stored_and_nothing_else(
+        self, daemon: Daemon, client: Callable[..., Client], tmp_path: Path
+    ) -> None:
+        """Also of stores from before that are found by comparing: what others have written to the file since stays."""
+        path = tmp_path / "data"
+        path.write_bytes(b"a" * 6 * MIB)
+        c = client()
+        c.do(f"f = os.open({str(path)!r}, RW); m = mshare.mmap(f, 6 * MIB, backing='hugetlb'); assert m.shared, m.why")
+        c.do("m.buf[5] = 98; m.msync(); m.buf[6] = 98; m.buf[4 * MIB] = 98; m.buf[2 * MIB]")
+        daemon.kill()
+        with path.open("r+b") as file:
+            for at in (PAGE, 2 * MIB, 4 * MIB + PAGE):
+                os.pwrite(file.fileno(), b"theirs", at)
+        c.do("m.buf[7] = 98")
+        daemon.restart()
+        c.do("m.buf[8] = 98; m.msync()")
+        data = path.read_bytes()
+        assert data[4:10] == b"abbbba"
+        assert [data[at : at + 6] for at in (PAGE, 2 * MIB, 4 * MIB, 4 * MIB + PAGE)] == [
+            b"theirs",
+            b"theirs",
+            b"baaaaa",
+            b"theirs",
+        ]
+        c.do("m.buf[PAGE] = 99; m.munmap()")
+        assert path.read_bytes()[PAGE : PAGE + 6] == b"caaaaa"
+
+    def test_a_file_that_is_only_read_is_not_written(
+        self, daemon: Daemon, client: Callable[..., Client], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "data"
+        path.write_bytes(b"a" * 2 * MIB)
+        c = client()
+        c.do(f"f = os.open({str(path)!r}, RO); m = mshare.mmap(f, 2 * MIB, prot=1, backing='hugetlb'); m.buf[0]")
+        daemon.kill()
+        path.write_bytes(b"b" * 2 * MIB)
+        daemon.restart()
+        c.do("m.msync()")
+        writer = client()
+        writer.do(f"f = os.open({str(path)!r}, RW); m = mshare.mmap(f, 2 * MIB, backing='hugetlb'); assert m.shared")
+        writer.do("m.buf[9] = 99; m.msync()")
+        assert path.read_bytes()[PAGE - 1 : PAGE + 1] == b"ab"
+        assert c.ask("(m.buf[9], m.buf[PAGE])") == [99, ord("a")]
+        for each in (c, writer):
+            each.do("m.munmap()")
+        assert path.read_bytes()[PAGE:] == b"b" * (2 * MIB - PAGE)
+
     def test_pages_that_hold_their_reference_page_go_back(self, daemon: Daemon, client: Callable[..., Client]) -> None:
         c = client()
         c.do(f"{CONSTANTS}; H = 2 * MIB; r = mshare.mshare('r', None, GIB, CREATE, backing='hugetlb', empty=True)")
