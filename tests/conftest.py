@@ -97,6 +97,12 @@ for line in sys.stdin:
 _DAEMON = _DROP + "import sys, os\nfrom mshared.__main__ import main\nimport mshared.app\n"
 
 
+def pytest_configure() -> None:
+    """Have Ctrl-C mean what it does although whoever started the tests, in the background, had it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class ClientError(Exception):
     """What a statement in a client raised."""
 

@@ -26,10 +26,11 @@ FAULTS: Final = "faults"
 
 @attrs.frozen
 class Plan:
-    """How much is done. ``size`` in bytes."""
+    """How much is done. ``size`` in bytes; at least ``warm`` are touched and freed before each."""
 
     size: int
     rounds: int
+    warm: int = GIB
 
 
 def metrics(plan: Plan) -> Iterator[Metric]:
@@ -50,15 +51,16 @@ def run(bench: Bench, plan: Plan) -> None:
         for number in range(plan.rounds):
             for kind in in_turn(kinds_of(daemon), number):
                 bench.say(f"touch: round {number + 1} of {plan.rounds}, {kind.label}")
-                _in_order(daemon.mount, kind, size_of(kind, plan.size), bench.samples)
-                _shuffled(daemon.mount, kind, size_of(kind, plan.size), bench.samples, number)
+                _in_order(daemon.mount, kind, plan, bench.samples)
+                _shuffled(daemon.mount, kind, plan, bench.samples, number)
 
 
-def _in_order(mount: Path, kind: Kind, size: int, samples: Samples) -> None:
+def _in_order(mount: Path, kind: Kind, plan: Plan, samples: Samples) -> None:
     """One process touches every page for the first time; then another loads from, a third stores into each."""
+    size = size_of(kind, plan.size)
     pages = size // PAGE
     with Worker(mount) as warmer, Worker(mount) as first, Worker(mount) as reader, Worker(mount) as writer:
-        _warm_up(warmer, kind, size)
+        _warm_up(warmer, kind, size, plan.warm)
         handle = first.call("create", kind=kind, name=new_name(), size=size)
         samples.add(FIRST, kind.label, first.call("write")["seconds"] / pages)
         reader.call("attach", kind=kind, handle=handle)
@@ -72,11 +74,12 @@ def _in_order(mount: Path, kind: Kind, size: int, samples: Samples) -> None:
             worker.call("remove")
 
 
-def _shuffled(mount: Path, kind: Kind, size: int, samples: Samples, seed: int) -> None:
+def _shuffled(mount: Path, kind: Kind, plan: Plan, samples: Samples, seed: int) -> None:
     """The same in random order, for two processes."""
+    size = size_of(kind, plan.size)
     pages = size // PAGE
     with Worker(mount) as warmer, Worker(mount) as first, Worker(mount) as reader:
-        _warm_up(warmer, kind, size)
+        _warm_up(warmer, kind, size, plan.warm)
         handle = first.call("create", kind=kind, name=new_name(), size=size)
         samples.add(FIRST_SHUFFLED, kind.label, first.call("write_shuffled", seed=seed)["seconds"] / pages)
         reader.call("attach", kind=kind, handle=handle)
@@ -85,14 +88,14 @@ def _shuffled(mount: Path, kind: Kind, size: int, samples: Samples, seed: int) -
             worker.call("remove")
 
 
-def _warm_up(warmer: Worker, kind: Kind, size: int) -> None:
+def _warm_up(warmer: Worker, kind: Kind, size: int, least: int) -> None:
     """Touch and free as much memory as this takes, of the same sort: huge pages are set aside for their own use."""
     if kind is Kind.HUGETLB:
         warmer.call("create", kind=kind, name=new_name(), size=size)
         warmer.call("write")
         warmer.call("remove")
     else:
-        warmer.call("warm_up", size=min(max(2 * size, GIB), machine.room() // 2))
+        warmer.call("warm_up", size=min(max(2 * size, least), machine.room() // 2))
 
 
 GROUP: Final = Group(

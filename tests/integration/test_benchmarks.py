@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 100
 TINY = {
-    "touch": "touch.Plan(2 * MIB, 1)",
+    "touch": "touch.Plan(2 * MIB, 1, 4 * MIB)",
     "attach": "attach.Plan(1, 5, 1, 4)",
     "growth": "growth.Plan(64 * MIB, (1, 3, 1000000), 0)",
     "files_shared": "files_shared.Plan(GIB // 16, 3)",
