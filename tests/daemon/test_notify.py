@@ -105,7 +105,7 @@ def test_a_reload_tells_when_it_began(listening: socket.socket) -> None:
     [
         (None, None, None),
         ("30000000", None, 15.0),
-        ("30000000", str(os.getpid()), 15.0),
+        pytest.param("30000000", str(os.getpid()), 15.0, id="30000000-this process-15.0"),
         ("30000000", "1", None),
         ("30000000", "", None),
         ("0", None, None),
