@@ -17,7 +17,7 @@ from msharefs.addr import (
     united,
 )
 from msharefs.armings import ArmingRule, cut
-from msharefs.effects import Change, Protect, Punch, Signal, Stash, Unstash, WriteBack
+from msharefs.effects import Change, Protect, Punch, Signal, WriteBack
 from msharefs.errors import (
     AccessDeniedError,
     ExistsError,
@@ -31,7 +31,7 @@ from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Access, Advice, Prot
 from msharefs.pte import READ_ONLY, Pte, PteFlag, pte_flags
-from msharefs.rules import check_end, check_prot, check_store
+from msharefs.rules import check_end, check_prot, check_store, moves_of_contents
 from msharefs.storable import Storable
 from msharefs.streams import Streams
 from msharefs.vma import Arming, FileId, Source, Vma
@@ -158,7 +158,7 @@ class HostMm:
         if not prot & PROT_RW:
             moves += clean_pages.drop(self, ar)
         for vma in self.vmas.remove(ar):
-            moves += _moves_of_contents(vma, prot)
+            moves += moves_of_contents(vma, prot)
             self.vmas.insert(attrs.evolve(vma, prot=prot))
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
@@ -381,19 +381,6 @@ class HostMm:
             raise InvalidArgumentError(f"{ar} is not made of whole pages of {self.page} bytes")
         if not self.ar.covers(ar):
             raise InvalidArgumentError(f"{ar} is not inside the region {self.ar}")
-
-
-def _moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
-    """What becomes of the contents of ``vma`` when its protection turns to ``prot``.
-
-    What nobody may touch waits in the stash; of a shared file, in the file.
-    """
-    hides, shows = not prot & PROT_RW, not vma.prot & PROT_RW
-    if hides == shows:
-        return []
-    if vma.reaches_file:
-        return [Punch(vma.ar)] if hides else []
-    return [Stash(vma.ar) if hides else Unstash(vma.ar)]
 
 
 def _clean_flags(vma: Vma) -> PteFlag:

@@ -1,13 +1,14 @@
-"""What may be asked of a host mm at all: rules that look at the request alone."""
+"""Rules that look at a request alone: what may be asked of a host mm at all, and what that means for contents."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from msharefs.addr import PAGE_SIZE, USER_MAX, USER_MIN, AddrRange
+from msharefs.effects import Change, Punch, Stash, Unstash
 from msharefs.errors import AccessDeniedError, InvalidArgumentError, OffsetTooLargeError
 from msharefs.perms import PROT_RW, Prot
-from msharefs.vma import FileSource, Source
+from msharefs.vma import FileSource, Source, Vma
 
 MAX_FILE_SIZE: Final = (1 << 63) - PAGE_SIZE
 """Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
@@ -42,3 +43,16 @@ def check_user_range(start: int, size: int, align: int, why: str = "mshared --al
     if not USER_MIN <= start < start + size <= USER_MAX:
         raise InvalidArgumentError(f"{start:#x}+{size:#x} is not within user addresses {USER_MIN:#x}..{USER_MAX:#x}")
     return AddrRange.sized(start, size)
+
+
+def moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
+    """What becomes of the contents of ``vma`` when its protection turns to ``prot``.
+
+    What nobody may touch waits in the stash; of a shared file, in the file.
+    """
+    hides, shows = not prot & PROT_RW, not vma.prot & PROT_RW
+    if hides == shows:
+        return []
+    if vma.reaches_file:
+        return [Punch(vma.ar)] if hides else []
+    return [Stash(vma.ar) if hides else Unstash(vma.ar)]
