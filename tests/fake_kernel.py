@@ -38,6 +38,10 @@ class FakeUffd:
     def zero(self, ar: AddrRange, *, protected: bool) -> None:
         self._note("zero", ar, protected)
 
+    def copy_from(self, ar: AddrRange, source: int, *, protected: bool = False) -> None:
+        assert source
+        self._note("copy", ar, protected)
+
     def copy_some(self, ar: AddrRange, source: int, *, protected: bool) -> int:
         assert source
         self._note("copy", ar, protected)

@@ -60,15 +60,19 @@ def _copy(attachment: LiveAttachment, effect: FillPattern) -> Outcome:
 
 
 def _copy_ahead(attachment: LiveAttachment, effect: FillPattern) -> None:
-    """The same, for pages that nobody waits for yet; the first that cannot come is the last that is tried."""
+    """The same, for pages that nobody waits for yet, as long as they can come.
+
+    From the last one on: who goes on meanwhile then waits for the next one once, instead of for each in turn.
+    """
     source = _buffer(effect.refpage).address
-    for page in effect.ahead:
+    for page in reversed(effect.ahead):
         try:
-            attachment.uffd.copy_some(attachment.guest(page), source, protected=False)
+            attachment.uffd.copy_from(attachment.guest(page), source)
         except OSError as error:
-            outcome_of(attachment, error)
-            return
-        clean_pages.came(attachment.region.model.mm, page, clean=False)
+            if outcome_of(attachment, error) is not Outcome.EXISTS:
+                return
+        else:
+            clean_pages.came(attachment.region.model.mm, page, clean=False)
 
 
 def _fill_whole(region: LiveRegion, effect: FillPattern) -> bool:

@@ -63,19 +63,30 @@ def test_written_pages_come_as_they_are(world: World) -> None:
     assert (clean(world), installed(world)) == ([], [pages(4, 3)])
 
 
-def test_pages_ahead_come_one_by_one_until_one_cannot(world: World) -> None:
+AHEAD = FillPattern(pages(4), AA, clean=False, ahead=(pages(20), pages(36), pages(52)))
+
+
+def test_pages_ahead_come_from_the_last_on(world: World) -> None:
+    """Who goes on is not woken for each of them: the next one is there when all are."""
     mine = world.attach()
-    ahead = FillPattern(pages(4), AA, clean=False, ahead=(pages(20), pages(36), pages(52)))
-    assert answer(mine, ahead) is Outcome.SERVED
-    assert calls(mine) == [("copy", pages(number), False) for number in (4, 20, 36, 52)]
+    assert answer(mine, AHEAD) is Outcome.SERVED
+    assert calls(mine) == [("copy", pages(number), False) for number in (4, 52, 36, 20)]
     assert installed(world) == [pages(number) for number in (4, 20, 36, 52)]
-    again = FillPattern(pages(5), AA, clean=False, ahead=(pages(53), pages(69)))
-    uffd: Any = mine.uffd
-    uffd.comes, uffd.calls = PAGE_SIZE, []
+
+
+def test_a_page_ahead_that_is_there_already_is_left_out(world: World) -> None:
+    mine = world.attach()
     fail(mine, "copy", 0, errno.EEXIST)
-    assert answer(mine, again) is Outcome.SERVED
-    assert [call[0] for call in calls(mine)] == ["copy"]
-    assert installed(world)[:2] == [pages(4, 2), pages(20)]
+    assert answer(mine, AHEAD) is Outcome.SERVED
+    assert installed(world) == [pages(number) for number in (4, 20, 36)]
+
+
+def test_without_memory_no_more_pages_come_ahead(world: World) -> None:
+    mine = world.attach()
+    fail(mine, "copy", 0, 0, errno.ENOMEM)
+    assert answer(mine, AHEAD) is Outcome.SERVED
+    assert [call[0] for call in calls(mine)] == ["copy", "copy"]
+    assert installed(world) == [pages(4), pages(52)]
 
 
 def test_only_what_came_is_noted(world: World) -> None:
