@@ -187,6 +187,7 @@ _SCENE = """
 mount -t tmpfs tmpfs /run/systemd && mkdir /run/systemd/system  # It asks whether systemd runs here.
 export XDG_RUNTIME_DIR=$1/run XDG_CONFIG_HOME=$1/config
 setsid -w timeout -k 5 60 {systemd} --user > $1/manager.log 2>&1 &
+manager=$!
 for _ in $(seq 200); do systemctl --user is-system-running > /dev/null 2>&1 && break; sleep 0.05; done
 show() {{ systemctl --user show mshared -P $1; }}
 systemctl --user is-system-running > /dev/null 2>&1 || exit 77
@@ -194,7 +195,7 @@ systemctl --user start mshared && [ "$(show StatusText)" = "serving $1/mount" ] 
 first=$(show MainPID)
 systemctl --user reload mshared && [ "$(show ActiveState)" = active ] || exit 3
 kill -KILL $first
-for _ in $(seq 200); do [ "$(show NRestarts) $(show ActiveState)" = "1 active" ] && break; sleep 0.05; done
+until [ "$(show NRestarts) $(show ActiveState)" = "1 active" ] || ! kill -0 $manager; do sleep 0.05; done
 [ "$(show MainPID)" != $first ] && [ -e $1/mount/mshare_info ] || exit 4
 systemctl --user stop mshared && [ "$(show Result)" = success ] || exit 5
 systemctl --user exit; wait; exit 0
