@@ -52,13 +52,19 @@ def test_each_shell_gets_a_script_that_it_can_read(cli: Mshare, shell: str, tmp_
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+OF_BASH = 'COMP_WORDS=(mshare stat {0}); COMP_CWORD=2; _mshare_completion mshare; echo "${{COMPREPLY[@]}}"'
+OF_ZSH = "words=(mshare stat {0}); CURRENT=3; _mshare_completion"
+ZSH_AT_ITS_PROMPT = "compdef() {:}; compadd() {print -r -- $completions}\n"
+
+
 @pytest.mark.parametrize(
-    ("shell", "ask"),
+    ("shell", "before", "ask"),
     [
-        ("bash", 'COMP_WORDS=(mshare stat {0}); COMP_CWORD=2; _mshare_completion mshare; echo "${{COMPREPLY[@]}}"'),
-        ("fish", "complete -C 'mshare stat {0}'"),
+        (("bash", "--norc"), "", OF_BASH),
+        (("zsh", "-f"), ZSH_AT_ITS_PROMPT, OF_ZSH),
+        (("fish", "--no-config"), "", "complete -C 'mshare stat {0}'"),
     ],
-    ids=["bash", "fish"],
+    ids=["bash", "zsh", "fish"],
 )
 def test_a_shell_completes_with_its_script(
     cli: Mshare,
@@ -67,15 +73,17 @@ def test_a_shell_completes_with_its_script(
     name: str,
     tmp_path: Path,
     eventually: Callable[[Callable[[], bool]], None],
-    shell: str,
+    shell: tuple[str, str],
+    before: str,
     ask: str,
 ) -> None:
     """As at the prompt: it runs the command that it completes, which asks the daemon, for a second at most."""
     client().do(f"r = mshare.mshare({name!r}, None, 2 << 20, CREATE)")
-    found = shutil.which(shell)
+    kind, option = shell
+    found = shutil.which(kind)
     if found is None:
-        pytest.skip(f"no {shell} here to complete anything")
-    script = "\n".join(cli("completion", shell).lines)
+        pytest.skip(f"no {kind} here to complete anything")
+    script = "\n".join(cli("completion", kind).lines)
     here = tmp_path / "mshare"
     here.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[0] = 'mshare'\nfrom mshare.cli import main\nmain()\n")
     here.chmod(0o755)
@@ -85,7 +93,7 @@ def test_a_shell_completes_with_its_script(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
     }
-    command = [found, "--norc" if shell == "bash" else "--no-config", "-c", f"{script}\n{ask.format(name[:8])}"]
+    command = [found, option, "-c", f"{before}{script}\n{ask.format(name[:8])}"]
 
     def offered() -> bool:
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
