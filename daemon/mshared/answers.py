@@ -37,7 +37,7 @@ class Pending:
 class Answer:
     """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set.
 
-    ``again``: a packet that follows it, which was lost when it was sent before.
+    ``again``: a packet that follows it, which was lost when it was sent before; then that one waits.
     """
 
     reply: protocol.Reply

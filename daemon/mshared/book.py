@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
+import trio
 
 from mshared import records as rec
 from mshared.journal import Journal
@@ -65,8 +66,8 @@ class Book:
         self._owed: tuple[rec.Record, ...] = ()
         """What could not be written, and holds all the same: it comes first the next time."""
 
-    def commit(self, *records: rec.Record, reply: protocol.Reply | None = None) -> None:
-        """Have records hold from now on, and ``reply`` be the answer to the request that is under way.
+    def commit(self, *records: rec.Record, reply: protocol.Reply | None = None, region: int | None = None) -> None:
+        """Have records hold from now on, and ``reply`` be the answer to the request that is under way about ``region``.
 
         What has changed already holds anyhow: without room it is owed, and written first the next time. So that this
         does not happen requests see to it before (``check_room``), and faults after (``is_settled``).
@@ -75,7 +76,7 @@ class Book:
             return
         now = asked.get()
         if reply is not None and now is not None and now.session:
-            answer = _answered(now, reply)
+            answer = rec.Answered(now.session, now.pid, now.started, now.number, protocol.encode(reply), region)
             records = (*records, answer)
             self.answers[now.session] = answer
         owed_before = bool(self._owed)
@@ -107,12 +108,18 @@ class Book:
         if now is not None:
             self.end_session(now.session)
 
-    def resume(self, hello: protocol.Hello, pid: int) -> tuple[Asked, bytes | None]:
-        """Where a client's session goes on, and the answer to the request that waits, if that was carried out."""
+    def resume(self, hello: protocol.Hello, pid: int) -> tuple[Asked, bytes | None, trio.Event | None]:
+        """Where a client's session goes on, and the answer to the request that waits, if that was carried out.
+
+        The event is set when the files have what that request has left to be written.
+        """
         found = self.answers.get(hello.session) if hello.waiting else None
         known = found is not None and (found.pid, found.number) == (pid, hello.answered + 1)
         asked_last = Asked(hello.session, pid, start_time(pid), hello.answered + known)
-        return asked_last, found.reply if found is not None and known else None
+        if found is None or not known:
+            return asked_last, None, None
+        region = None if found.region is None else self.regions.get(found.region)
+        return asked_last, found.reply, None if region is None else region.written
 
     def end_session(self, session: str) -> None:
         """Nobody will ask for its answers again."""
@@ -133,11 +140,6 @@ class Book:
             self.journal.replace(rec.encode([*others, *records, *self.answers.values()]))
             self._owed = ()
             self._least = 2 * self.journal.size + _WORTH_IT
-
-
-def _answered(now: Asked, reply: protocol.Reply) -> rec.Answered:
-    packet = protocol.encode(reply)
-    return rec.Answered(now.session, now.pid, now.started, now.number, packet)
 
 
 def region_is(region: LiveRegion) -> rec.RegionIs:

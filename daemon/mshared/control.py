@@ -177,11 +177,11 @@ class _Connection:
         finally:
             self._closer.close(fds)
         self._owing = True
+        if reply.again is not None:
+            await self._send(reply)
         if reply.after is not None:
             await reply.after.wait()
-        await self._send(reply)
-        if reply.again is not None:
-            await self._packets.send(reply.again)
+        await (self._send(reply) if reply.again is None else self._packets.send(reply.again))
         self._owing = False
         if self._changing:
             self._pager.linger()
@@ -211,9 +211,9 @@ class _Connection:
         _expect(fds, 0)
         self._shares.check(self.caller.who.uid, None, 0)
         self._greeted = True
-        self._asked, again = self._service.book.resume(message, self.caller.pid)
+        self._asked, again, written = self._service.book.resume(message, self.caller.pid)
         welcome = protocol.Welcome("mshared", str(self._mount), self._service.lifetimes.fork_events, again is not None)
-        return Answer(welcome, again=again)
+        return Answer(welcome, again=again, after=written)
 
     async def _answer(self, message: protocol.Message, fds: list[int]) -> Answer:
         """Answer any other message; descriptors that are used up are taken out of ``fds``."""

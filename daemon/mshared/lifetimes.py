@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Final
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -70,6 +71,8 @@ class Lifetimes:
         self.uffd_device = uffd_device
         self._regions: dict[RegionId, LiveRegion] = {}
         self._attachments: dict[AttachmentId, LiveAttachment] = {}
+        self.gone: WeakValueDictionary[int, LiveRegion] = WeakValueDictionary()
+        """Whose attachments had ended when this daemon followed another, by their numbers."""
         self._deaths = Deaths(pager, self._on_death)
         self.forks = Forks(self._on_child_found)
         self.faults = Faults(pager, self._attachments)

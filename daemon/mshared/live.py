@@ -275,7 +275,7 @@ class LiveRegion:
     def note(self, *records: rec.Record, reply: protocol.Reply | None = None) -> None:
         """Write something down about this region, if anybody knows of it."""
         if self.recorded and not self.closed:
-            self.book.commit(*records, reply=reply)
+            self.book.commit(*records, reply=reply, region=self.model.id)
 
     def set_aside(self, file: FileId, offset: int, data: bytes) -> rec.SetAside:
         """Keep bytes that are to be written to a file, whatever becomes of its mapping; the record of it."""

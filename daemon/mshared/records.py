@@ -273,13 +273,17 @@ class UntakenGone:
 
 @attrs.frozen
 class Answered:
-    """The request of that number in a client's session was carried out, with this reply (a packet)."""
+    """The request of that number in a client's session was carried out, with this reply (a packet).
+
+    ``region`` is the one that it was about, if any: what it has left to be written is to be in files first.
+    """
 
     session: str
     pid: int
     started: int | None
     number: int
     reply: bytes
+    region: int | None = None
 
 
 @attrs.frozen

@@ -223,6 +223,8 @@ class Recovery:
             attachment = self._attachment(saved, live) if live is not None and not live.closed else None
             if attachment is not None:
                 found[saved.region].append(attachment)
+            elif live is not None:
+                self._lifetimes.gone[saved.model.id] = live
         for live in self._regions.values():
             for attachment in found[live.model.id]:
                 live.model.attachments[attachment.model.id] = attachment.model

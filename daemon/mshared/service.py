@@ -220,6 +220,9 @@ class Service:
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
         """End one reference of the caller's own. The last one has files hold every store first."""
+        ended = self.lifetimes.gone.get(request.attachment)
+        if ended is not None:  # Its window was gone before this daemon came, which is bringing the files up to date.
+            return Answer(protocol.Done(), after=ended.written)
         live = self._own(caller, request.attachment)
         self.lifetimes.drop(live, protocol.Done())
         return Answer(protocol.Done(), after=live.region.written)

@@ -67,8 +67,8 @@ def test_nobody_is_answered_where_nobody_asked(book: Book) -> None:
 def test_an_answer_is_had_again_until_the_session_ends(book: Book, request_: None) -> None:
     book.commit(reply=protocol.Placed(5))
     hello = protocol.Hello("c", "mine", 2, waiting=True)
-    again, packet = book.resume(hello, 77)
-    assert packet == protocol.encode(protocol.Placed(5))
+    again, packet, written = book.resume(hello, 77)
+    assert (packet, written) == (protocol.encode(protocol.Placed(5)), None)
     assert again.number == 3
     later = protocol.Hello("c", "mine", 3, waiting=True)
     for other, pid in [(protocol.Hello("c", "mine", 2), 77), (later, 77), (hello, 78)]:

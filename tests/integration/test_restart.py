@@ -16,6 +16,7 @@ from hugepages import GIB, need_memory
 
 MIB, PAGE = 1 << 20, 4096
 SIGBUS, SIGSEGV = 7, 11
+Eventually = Callable[[Callable[[], bool]], None]
 CONSTANTS = "from mmap import *; PROT_NONE, MAP_FIXED = 0, 0x10"
 NOBODY = pwd.getpwnam("nobody").pw_uid
 
@@ -231,6 +232,42 @@ class TestFiles:
         killed(daemon)
         assert other.ask("(r.buf[MIB], r.buf[MIB + PAGE])") == [1, ord("p")]
         assert (tmp_path / "p").read_bytes() == b"p" * 2 * PAGE
+
+
+SLOWLY = """
+import time, mshared.writeback
+def slowly(*args, copy=mshared.writeback._copy):
+    time.sleep(0.3)
+    copy(*args)
+mshared.writeback._copy = slowly
+"""
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "while it writes"])
+def test_who_unmaps_a_file_last_goes_on_when_the_file_is_complete(
+    start_daemon: Callable[..., Daemon],
+    client: Callable[..., Client],
+    tmp_path: Path,
+    when: str,
+    eventually: Eventually,
+) -> None:
+    """Whatever the daemon is killed at, and although the next one has nobody attached to that region any more."""
+    daemon = start_daemon(prelude=SLOWLY)
+    c, path, state = client(daemon), tmp_path / "file", daemon.state / "state"
+    path.write_bytes(b"a" * PAGE)
+    c.do(f"f = open({str(path)!r}, 'r+b'); r = mshare.mshare('r', 0x5000_0000_0000, 4 * MIB, CREATE)")
+    c.do("r.mmap(PAGE, flags=mmap.MAP_SHARED | 0x10, offset=0, fd=f.fileno()); r.buf[0] = 98")
+    if when == "while it writes":
+        c.send(do="r.detach()")
+        eventually(lambda: b"AttachmentGone" in state.read_bytes())
+        daemon.kill()
+    else:
+        daemon.kill()
+        c.send(do="r.detach()")
+        eventually(lambda: "\n500000000000-" not in Path(f"/proc/{c.pid}/maps").read_text())
+    daemon.restart()
+    c.receive()
+    assert path.read_bytes()[:2] == b"ba"
 
 
 class TestReferencePages:
