@@ -81,7 +81,11 @@ class Region:
 
     @property
     def buf(self) -> memoryview:
-        """The memory, as bytes. Raises ValueError after ``detach``. A touch of a hole is a SIGBUS."""
+        """The memory, as bytes. Raises ValueError after ``detach``. A touch of a hole is a SIGBUS.
+
+        What keeps an address and no view (PyTorch's ``frombuffer(region.buf)``; not ``frombuffer(memoryview(...))``) is
+        not seen by ``detach``, and must not be touched afterwards.
+        """
         return self._window.view
 
     def stat(self) -> RegionStat:
