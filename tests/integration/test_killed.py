@@ -81,10 +81,11 @@ if pid == 0:
 TOLD_IN_VAIN = """
 import random, trio
 wait = trio.lowlevel.wait_readable
-async def wait_sometimes(fd):
+async def wait_sometimes(file):
+    fd = file if isinstance(file, int) else file.fileno()
     if os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse" and random.random() < 0.5:
         return await trio.lowlevel.checkpoint()
-    await wait(fd)
+    await wait(file)
 trio.lowlevel.wait_readable = wait_sometimes
 """
 """Has the daemon believe that there is something to be read."""
