@@ -103,6 +103,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, a file is one's, and so are all tests that use the pool."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("pool" if item.get_closest_marker("pool") else str(item.path)))
+
+
 class ClientError(Exception):
     """What a statement in a client raised."""
 

@@ -161,3 +161,9 @@ def test_no_file_is_too_long_to_know(path: Path) -> None:
 def test_most_functions_are_short(package: str) -> None:
     lengths = [lines for path in PACKAGES[package] for _, lines in functions(path)]
     assert sum(lines > LONG_FUNCTION for lines in lengths) <= LONG_FUNCTIONS * len(lengths)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/**/test_*.py")), ids=name_of)
+def test_who_counts_huge_pages_does_not_run_beside_others_that_do(path: Path) -> None:
+    source = path.read_text()
+    assert "from hugepages import" not in source or "pytest.mark.pool" in source

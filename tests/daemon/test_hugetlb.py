@@ -26,6 +26,8 @@ from msharefs.namespace import Namespace, Policy
 from msharefs.perms import Credentials, Ownership, Prot
 from msharefs.region import BackingKind, RegionId
 
+pytestmark = pytest.mark.pool
+
 SIZE = 3 * GIB
 """Of which whole GiB, whose tables the kernel can share, lie in any mapping."""
 

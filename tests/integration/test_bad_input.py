@@ -14,6 +14,8 @@ from conftest import Client, Daemon
 
 from msharefs import protocol
 
+pytestmark = pytest.mark.pool
+
 MIB = 1 << 20
 
 

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     (found,) = suite.measure([attrs.evolve(group, quick=lambda: plan)], Path(sys.argv[3]), quick=True)
 """
 
-pytestmark = pytest.mark.usefixtures("_needs_the_kernel")
+pytestmark = [pytest.mark.usefixtures("_needs_the_kernel"), pytest.mark.pool]
 
 
 def start(group: str, plan: str, output: Path) -> subprocess.Popen[str]:

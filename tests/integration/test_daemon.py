@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import Client, Daemon, mounts_below
 
+pytestmark = pytest.mark.pool
+
 MIB = 1 << 20
 NOBODY = pwd.getpwnam("nobody").pw_uid
 SIGBUS = 7

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import Daemon
 
+pytestmark = pytest.mark.pool
+
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(
     str(path.relative_to(ROOT))

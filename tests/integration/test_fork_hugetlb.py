@@ -9,6 +9,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import HUGE, SIGBUS, pages_left, touch
 
+pytestmark = pytest.mark.pool
+
 HELPERS = """
 def fork_as(mark, address):
     r.fork(name + mark); return mshare.mshare(name + mark, address, 0, RW)

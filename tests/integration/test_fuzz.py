@@ -20,6 +20,8 @@ import pytest
 from conftest import Client, Daemon
 from hostile import GOOD, Bystander, bystander
 
+pytestmark = pytest.mark.pool
+
 SECONDS = float(os.environ.get("MSHAREFS_FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("MSHAREFS_FUZZ_SEED", random.randrange(1 << 32)))
 TESTS = Path(__file__).parents[1]

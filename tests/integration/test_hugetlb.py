@@ -27,6 +27,8 @@ from hugepages import (
     touch,
 )
 
+pytestmark = pytest.mark.pool
+
 NOBODY = pwd.getpwnam("nobody").pw_uid
 MORE = 1 << 40
 """Bytes that no test machine has in its pool."""

@@ -9,6 +9,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import SIGBUS, SIGSEGV, Pool, pool
 
+pytestmark = pytest.mark.pool
+
 BASE = 0x3000_0000_0000
 Start = Callable[..., Client]
 

@@ -11,6 +11,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import HUGE, MIB, SIGBUS, SIGSEGV, Pool, layout, pool, touch
 
+pytestmark = pytest.mark.pool
+
 Start = Callable[..., Client]
 
 SIZE = 3 * HUGE + MIB + 100

@@ -16,6 +16,8 @@ MANY = 128
 FEW = 50
 SCAN = """
 import resource
+
+pytestmark = pytest.mark.pool
 def faults_of(work):
     "How many faults of its own memory this process has while it does that."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,6 +8,8 @@ import pytest
 from conftest import Client
 from hugepages import HUGE, SIGBUS, SIGSEGV, Pool, pool, touch
 
+pytestmark = pytest.mark.pool
+
 SHOW = """
 SHOW = MAP_PRIVATE | MAP_ANONYMOUS | mshare.MAP_REFPAGE
 def is_aa(page): return bytes(r.buf[page * H : page * H + H]) == b'\\xaa' * H

@@ -11,6 +11,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import ELSEWHERE, HUGE, SIGSEGV, Pool, pages_left, rival, touch
 
+pytestmark = pytest.mark.pool
+
 NOBODY = pwd.getpwnam("nobody").pw_uid
 Start = Callable[..., Client]
 

@@ -41,6 +41,8 @@ import zlib
 import mshare.connection
 mshare.connection.PATIENCE = 60  # Several die one after the other, before they are ready.
 from mmap import *
+
+pytestmark = pytest.mark.pool
 R = {}
 def sums(number, pages):
     "Checksums of whole pages."

@@ -14,6 +14,8 @@ import pytest
 from conftest import Client, Daemon, mounts_below
 from hugepages import GIB, need_memory
 
+pytestmark = pytest.mark.pool
+
 MIB, PAGE = 1 << 20, 4096
 SIGBUS, SIGSEGV = 7, 11
 Eventually = Callable[[Callable[[], bool]], None]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.pool
+
 ROOT = Path(__file__).resolve().parents[2]
 SCREENS = ("heat", "ls", "top")
 

@@ -14,6 +14,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import Pool, pool
 
+pytestmark = pytest.mark.pool
+
 MIB, GIB = 1 << 20, 1 << 30
 NOBODY = 65534
 PROGRAM = Path(__file__).parent.parent / "cpython_shared_memory.py"

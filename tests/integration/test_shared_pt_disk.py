@@ -12,6 +12,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import HUGE, MIB, SIGBUS, SIGSEGV
 
+pytestmark = pytest.mark.pool
+
 Start = Callable[..., Client]
 Eventually = Callable[[Callable[[], bool]], None]
 

@@ -11,6 +11,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import GIB, HUGE, SIGSEGV, Pool
 
+pytestmark = pytest.mark.pool
+
 PAGES = GIB // HUGE
 FEW = 8
 """Page faults that a process takes for other reasons at most."""
