@@ -65,6 +65,17 @@ def speaking(c: Client) -> Client:
 
 
 @contextlib.contextmanager
+def harmful(daemon: Daemon, c: Client, name: str) -> Iterator[Client]:
+    """A process that means harm, with a region ``r`` of its own; its name goes with it."""
+    speaking(c).do(f"name = {name!r}; r = mshare.mshare(name, None, 4 * MIB, CREATE); r.buf[:4] = b'mine'")
+    yield c
+    c.kill_all()
+    if (daemon.mount / name).exists():
+        with contextlib.closing(Client(daemon.mount)) as root:
+            root.do(f"mshare.remove({name!r})")
+
+
+@contextlib.contextmanager
 def bystander(daemon: Daemon, c: Client, region: str, eventually: Callable[..., None]) -> Iterator[Bystander]:
     """Somebody else, who is well before and after; and the daemon holds no more descriptors then than before."""
     found = Bystander(c, region)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Client, Daemon
-from hostile import EVIL, GOOD, Bystander, bystander, speaking
+from hostile import EVIL, GOOD, Bystander, bystander, harmful
 
 MIB = 1 << 20
 TESTS = Path(__file__).parents[1]
@@ -27,14 +26,9 @@ def by(
 
 @pytest.fixture
 def c(daemon: Daemon, by: Bystander, client: Callable[..., Client], name: str) -> Iterator[Client]:
-    """A process that means harm, with a region of its own; its name goes with it."""
-    found = speaking(client(daemon, EVIL))
-    found.do(f"name = {name!r}; r = mshare.mshare(name, None, 4 * MIB, CREATE); r.buf[:4] = b'mine'")
-    yield found
-    found.kill_all()
-    if (daemon.mount / name).exists():
-        with contextlib.closing(Client(daemon.mount)) as root:
-            root.do(f"mshare.remove({name!r})")
+    """A process that means harm."""
+    with harmful(daemon, client(daemon, EVIL), name) as found:
+        yield found
 
 
 class TestMemory:
