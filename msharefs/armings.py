@@ -40,6 +40,10 @@ class ArmingRule:
             arming |= self.forked
         return arming | Arming.MISSING if self.paging_all else arming
 
+    def with_forks(self, forked: Arming) -> ArmingRule:
+        """The same with something else to be seen because of forks."""
+        return ArmingRule(self.bounds, self.granule, self.paging_all, forked)
+
     def granules(self, ar: AddrRange) -> AddrRange:
         """The granules that ``ar`` has a part in, as far as they lie in the region."""
         start, end = round_down(ar.start, self.granule), round_up(ar.end, self.granule)

@@ -8,9 +8,8 @@ moved that only a relative has, it is to be brought (``to_bring``). Whoever make
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-
-import attrs
 
 from msharefs import clean_pages
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, united
@@ -18,9 +17,11 @@ from msharefs.effects import Arm, Change, Copy, Protect
 from msharefs.frames import StoreNo, frame_in, index_of, store_of
 from msharefs.host_mm import HostMm
 from msharefs.lineage import Lineage
-from msharefs.perms import PROT_RW, Prot
+from msharefs.perms import PROT_RW, Access, Prot
 from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag, pte_flags
-from msharefs.vma import Arming, FaultCount
+from msharefs.storable import Storable
+from msharefs.streams import Streams
+from msharefs.vma import Arming
 
 
 def shield(mm: HostMm) -> list[Change]:
@@ -31,7 +32,7 @@ def shield(mm: HostMm) -> list[Change]:
     effects: list[Change] = []
     if not mm.rule.forked & Arming.WP:
         before = mm.rule.over(mm.vmas, mm.ar)
-        mm.rule = attrs.evolve(mm.rule, forked=mm.rule.forked | Arming.WP)
+        mm.rule = mm.rule.with_forks(mm.rule.forked | Arming.WP)
         effects = mm.rule.rearm(mm.vmas, mm.ar, before, [])
     armed = {effect.ar for effect in effects if isinstance(effect, Arm)}
     for part in _stores(mm, mm.storable.parts(mm.ar)):
@@ -57,24 +58,20 @@ def fork(mm: HostMm) -> HostMm:
     copied by the caller; the tables are up to date. What lies in shared files, both have from there, and what is clean
     from its reference page.
     """
-    twin = HostMm(
-        mm.ar,
-        levels=mm.table.levels,
-        page=mm.page,
-        granule=mm.granule,
-        paging_all=mm.paging_all,
-        hole_signal=mm.hole_signal,
-        lineage=mm.lineage,
-    )
-    twin.rule = attrs.evolve(mm.rule, forked=Arming.MISSING)
+    twin = copy.copy(mm)
+    twin.store = mm.lineage.add(twin)
+    twin.streams = {access: Streams() for access in Access}
+    twin.storable = Storable(mm.ar.size // mm.page)
+    twin.rule = mm.rule.with_forks(Arming.MISSING)
     twin.table = mm.table.fork(mm.storable.parts(mm.ar))
     twin.borrowed = {*mm.borrowed, mm.store}
-    for run in clean_pages.clean(mm, mm.ar):
-        twin.table.clear_range(run)
-    for vma in mm.vmas:
-        twin.vmas.insert(attrs.evolve(vma, count=FaultCount()))
+    twin.vmas = mm.vmas.fork()
+    for vma in twin.vmas:
         if vma.reaches_file:
             twin.table.clear_range(vma.ar)
+        elif vma.refpage is not None:
+            for run in clean_pages.clean(mm, vma.ar):
+                twin.table.clear_range(run)
     return twin
 
 
@@ -91,7 +88,7 @@ def relax(mm: HostMm) -> list[Change]:
     Preconditions: it is alone in its lineage, and so are its pages in its store.
     """
     before = mm.rule.over(mm.vmas, mm.ar)
-    mm.rule = attrs.evolve(mm.rule, forked=Arming.NATIVE)
+    mm.rule = mm.rule.with_forks(Arming.NATIVE)
     mm.storable.forget()
     mm.borrowed.clear()
     for part in _stores(mm, [mm.ar]):
@@ -114,6 +111,7 @@ def to_bring(mm: HostMm, ar: AddrRange) -> list[Copy]:
 
 def copied(mm: HostMm, copy: Copy) -> None:
     """Note that a copy was made. Preconditions: ``mm`` asked for it, and nothing has changed since."""
+    mm.lineage.copies += 1
     if copy.source == mm.store:
         mm.lineage.moved(copy)
     else:

@@ -30,6 +30,8 @@ class Lineage:
 
     def __init__(self) -> None:
         self.members: dict[StoreNo, HostMm] = {}
+        self.copies = 0
+        """How often pages came to be others' than before."""
         self._next = 0
 
     @property

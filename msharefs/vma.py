@@ -95,6 +95,10 @@ class Vma:
         """Whether stores have to reach a file."""
         return isinstance(self.source, FileSource) and self.source.shared
 
+    def counted_anew(self) -> Vma:
+        """The same in another host mm."""
+        return Vma(self.ar, self.prot, self.source, self.advice)
+
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
         start, end = max(self.ar.start, ar.start), min(self.ar.end, ar.end)

@@ -21,6 +21,12 @@ class VmaSet:
         self._full: tuple[int, int, int, int] | None = None
         """From where to where, and for which size and alignment, no gap is left (compare mm->free_area_cache)."""
 
+    def fork(self) -> VmaSet:
+        """The same VMAs for another host mm."""
+        twin = VmaSet()
+        twin._by_start.update((start, vma.counted_anew()) for start, vma in self._by_start.items())
+        return twin
+
     def __iter__(self) -> Iterator[Vma]:
         """All VMAs, by address."""
         return iter(self._by_start.values())

@@ -279,7 +279,7 @@ class Daemon:
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 target = link.readlink()
-                if not target.name.startswith(".spare-"):
+                if not target.name.startswith("memory-") or link.stat().st_size:
                     found[re.sub(r"\[\d+\]", "", str(target))] += 1
         return found
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Client, Daemon
@@ -94,5 +95,7 @@ def _descriptors(daemon: Daemon) -> Counter[str]:
     found: Counter[str] = Counter()
     for fd in os.listdir(f"/proc/{daemon.pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            found[re.sub(r"\d+", "N", os.readlink(f"/proc/{daemon.pid}/fd/{fd}"))] += 1
-    return Counter({name: count for name, count in found.items() if ".spare-" not in name})
+            link = Path(f"/proc/{daemon.pid}/fd/{fd}")
+            name = re.sub(r"(?<=memory-)[0-9a-f]+|\d+", "N", str(link.readlink()))
+            found[name] += "/memory-" not in name or link.stat().st_size > 0
+    return found

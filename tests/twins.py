@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from conftest import Client
@@ -38,5 +39,18 @@ def touch(c: Client, place: str, store: bool = False) -> int:
 
 
 def files_of_regions(state: Path) -> list[Path]:
-    """The files that a daemon of root's has for the memory of regions."""
-    return [file for kind in ("thp", "4k", "hugetlb") for file in (state / kind).glob("[!.]*")]
+    """The files that a daemon of root's has for the memory of regions; those of no size wait for one."""
+    found = []
+    for kind in ("thp", "4k", "hugetlb"):
+        for file in (state / kind).iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if file.is_dir() or file.stat().st_size:
+                    found.append(file)
+    return sorted(found)
+
+
+def file_of(client: Client, region: str, state: Path) -> Path:
+    """The file that a client's window shows."""
+    inode = client.ask(f"""[int(line.split()[4]) for line in open('/proc/self/maps')
+                            if line.startswith('%08x-' % {region}.address)][0]""")
+    return next(file for file in files_of_regions(state) if file.stat().st_ino == inode)

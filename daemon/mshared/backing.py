@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -30,6 +30,8 @@ from msharefs.region import BackingKind, RegionId
 log = logging.getLogger(__name__)
 
 
+FILE_PREFIX: Final = "memory-"
+"""How the names of files of memory start."""
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 1 | 2 | 4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 
@@ -184,7 +186,6 @@ class MountedStore(BackingStore):
         """Mount what is needed; what an earlier daemon has mounted there is taken over."""
         self._root = root
         self._readonly: dict[BackingKind, int | None] = {}
-        self._spare_numbers = itertools.count(1)
         self._landlock = landlock.is_available()
         self._spares = Spares(self._open, landlocked=self._landlock)
         if not self._landlock:
@@ -254,17 +255,14 @@ class MountedStore(BackingStore):
         """Have some files of that kind ready."""
         self._spares.prepare(kind)
 
-    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:
-        spare = self._spares.take(kind) or self._open(kind)
-        assert spare.path is not None
-        path = spare.path.parent / str(region)
+    def _make(self, region: RegionId, kind: BackingKind, size: int) -> Backing:  # noqa: ARG002 - as of other stores
+        made = self._spares.take(kind) or self._open(kind)
         try:
-            os.ftruncate(spare.fd, size)
-            mounts.rename_new(spare.path, path)
+            os.ftruncate(made.fd, size)
         except BaseException:
-            spare.close()
+            made.close()
             raise
-        return attrs.evolve(spare, path=path)
+        return made
 
     def _make_promised(self, region: RegionId, size: int) -> Backing:
         """On a mount of its own, which keeps a page. Raises NoMemoryError."""
@@ -282,8 +280,8 @@ class MountedStore(BackingStore):
         return attrs.evolve(made, mount=mount)
 
     def _open(self, kind: BackingKind, opener: Opener | None = None) -> Backing:
-        """A file without size, the name of which starts with a dot: it is no region's."""
-        path = self._root / kind / f".spare-{next(self._spare_numbers)}"
+        """A file without size: it is no region's yet. Its name is its own for good; to rename it takes time."""
+        path = self._root / kind / f"{FILE_PREFIX}{secrets.token_hex(8)}"
         return self._open_at(path, kind, self._readonly[kind], opener)
 
     def reopen(self, path: Path, kind: BackingKind, mount: Path | None) -> Backing:

@@ -144,7 +144,7 @@ class Book:
 
 def region_is(region: LiveRegion) -> rec.RegionIs:
     """How a region is."""
-    mm, backing = region.model.mm, region.backing
+    mm = region.model.mm
     layout = rec.Layout(
         mm.ar,
         mm.table.levels,
@@ -156,13 +156,17 @@ def region_is(region: LiveRegion) -> rec.RegionIs:
         region.family.number,
         mm.store,
     )
+    fields = rec.region_fields(region.model)
+    return rec.RegionIs(fields, layout, _memory(region), region.created_ns, region.closed, region.sponsor)
+
+
+def _memory(region: LiveRegion) -> rec.Memory:
+    backing = region.backing
     path, mount = (None if each is None else str(each) for each in (backing.path, backing.mount))
     digests = region.digests.fd if region.digests is not None else None
-    memory = rec.Memory(
+    return rec.Memory(
         backing.fd, backing.writable, backing.readonly, region.stash_fd, backing.start, path, mount, digests
     )
-    fields = rec.region_fields(region.model)
-    return rec.RegionIs(fields, layout, memory, region.created_ns, region.closed, region.sponsor)
 
 
 def nameless(region: LiveRegion) -> rec.RegionIs:
@@ -229,17 +233,38 @@ def attachment_is(attachment: LiveAttachment) -> rec.AttachmentIs:
     )
 
 
-def everything_of(region: LiveRegion, *, refers: bool = True) -> Iterator[rec.Record]:
-    """All there is to say of a region, without its attachments; ``refers``: and of whose pages it has."""
+def newly_forked(twin: LiveRegion, origin: LiveRegion) -> Iterator[rec.Record]:
+    """A new region, and whose pages it has. Preconditions: it is written down how its origin is."""
+    model = twin.model
+    yield rec.Forked(
+        model.id,
+        origin.model.id,
+        origin.fork_notes.own_pages(origin.model.mm),
+        model.mm.store,
+        _memory(twin),
+        twin.created_ns,
+        model.owner,
+        model.name,
+        model.origin or "",
+    )
+    yield from _of_files(twin)
+
+
+def _of_files(region: LiveRegion) -> Iterator[rec.Record]:
+    yield from (file_is(region, file) for file in region.files)
+    if region.files:
+        yield dirty(region, region.model.ar)
+
+
+def everything_of(region: LiveRegion) -> Iterator[rec.Record]:
+    """All there is to say of a region, without its attachments."""
     number = region.model.id
     yield region_is(region)
     if region.closed:
         return
     yield mapped(region)
-    yield from (file_is(region, file) for file in region.files)
-    if region.files:
-        yield dirty(region, region.model.ar)
-    if refers and region.model.mm.borrowed:
+    yield from _of_files(region)
+    if region.model.mm.borrowed:
         yield rec.Refers(number, tuple(_foreign(region.model.mm)))
     if region.change is not None:
         yield region.change

@@ -19,6 +19,7 @@ from mshared.comparing import Digests
 from mshared.family import Family
 from mshared.files import MappedFile
 from mshared.filler import Filler
+from mshared.fork_notes import ForkNotes
 from mshared.killpoints import point
 from mshared.observed import Journal, Trace
 from mshared.sparse import punch, resident
@@ -161,6 +162,7 @@ class LiveRegion:
     journal: Journal = attrs.Factory(Journal)
     trace: Trace | None = None
     sponsor: int | None = None
+    fork_notes: ForkNotes = attrs.Factory(ForkNotes)
     _refreshed: tuple[int, int] | None = None
     """Changes of the tables, and bytes of the backing, when the tables were brought up to date."""
     digests: Digests | None = None

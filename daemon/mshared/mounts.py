@@ -18,7 +18,6 @@ _AT_EMPTY_PATH: Final = 0x1000
 _SYS_OPEN_TREE: Final = 428
 _SYS_MOUNT_SETATTR: Final = 442
 _OPEN_TREE_CLONE_CLOEXEC: Final = 1 | os.O_CLOEXEC
-_RENAME_NOREPLACE: Final = 1
 _MOUNT_ATTR_RDONLY: Final = (1).to_bytes(8, "little") + bytes(24)
 
 
@@ -52,14 +51,6 @@ def unmount(path: Path) -> None:
         libc.call("umount2", os.fsencode(path), _MNT_DETACH)
     else:
         subprocess.run(["fusermount3", "-uz", "--", path], check=True, capture_output=True)  # noqa: S603, S607
-
-
-def rename_new(old: Path, new: Path) -> None:
-    """Rename a file, over no other. Raises FileExistsError, and other OSErrors."""
-    try:
-        libc.call("renameat2", _AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
-    except FileExistsError as error:
-        raise FileExistsError(errno.EEXIST, f"{new} is there already") from error
 
 
 def readonly_copy(path: Path) -> int | None:

@@ -7,9 +7,10 @@ core hold (``Vma``, ``Region``, ``Attachment``, changes) is taken over field by 
 
 from __future__ import annotations
 
+import binascii
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, get_args
 
 import attrs
@@ -19,6 +20,7 @@ from cattrs.preconf.json import make_converter
 from msharefs.addr import AddrRange
 from msharefs.effects import Change, Signal
 from msharefs.frames import StoreNo
+from msharefs.perms import Ownership
 from msharefs.region import Attachment, BackingKind, Region
 from msharefs.vma import Arming, FileId, Vma
 
@@ -170,11 +172,20 @@ class Written:
 
 @attrs.frozen
 class Forked:
-    """A region has become a fork of another, which had data of its own in ``present`` (host addresses)."""
+    """There is a fork of a region, which had data of its own in ``present`` (host addresses).
+
+    What is not said here is as it is with its origin, and so is what is mapped. ``of`` is its origin's name.
+    """
 
     region: int
     origin: int
     present: tuple[AddrRange, ...]
+    store: StoreNo
+    memory: Memory
+    created_ns: int
+    owner: Ownership
+    name: str | None = None
+    of: str = ""
 
 
 @attrs.frozen
@@ -334,8 +345,13 @@ _NOT_WRITTEN: Final = ("mm", "attachments", "latency")
 """What of a region has records of its own, or need not outlive the daemon."""
 
 
+_to_json: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _make_converter() -> cattrs.Converter:
     converter: cattrs.Converter = make_converter(omit_if_default=True)
+    converter.register_unstructure_hook(bytes, lambda data: binascii.b2a_base64(data, newline=False).decode())
+    converter.register_structure_hook(bytes, lambda value, _: binascii.a2b_base64(value))
     converter.register_unstructure_hook(AddrRange, lambda ar: [ar.start, ar.end])
     converter.register_structure_hook(AddrRange, lambda value, _: AddrRange(*value))
     converter.register_unstructure_hook_func(
@@ -344,6 +360,9 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_func(
         lambda kind: kind == Change, lambda value, _: converter.structure(value[1], _CHANGES[value[0]])
     )
+    as_it_is = cattrs.gen.override(unstruct_hook=lambda fields: fields)
+    of_region = cattrs.gen.make_dict_unstructure_fn(RegionIs, converter, _cattrs_omit_if_default=True, model=as_it_is)
+    converter.register_unstructure_hook(RegionIs, of_region)
     return converter
 
 
@@ -353,7 +372,7 @@ _converter: Final = _make_converter()
 def encode(records: Iterable[Record]) -> bytes:
     """An entry of the journal."""
     rows = [[type(record).__name__, _converter.unstructure(record)] for record in records]
-    return json.dumps(rows, separators=(",", ":")).encode()
+    return _to_json(rows).encode()
 
 
 def decode(entry: bytes) -> list[Record]:
@@ -362,21 +381,20 @@ def decode(entry: bytes) -> list[Record]:
 
 
 @functools.cache
-def _region_fields() -> tuple[attrs.Attribute[Any], ...]:
-    attrs.resolve_types(Region)
-    return tuple(field for field in attrs.fields(Region) if field.name not in _NOT_WRITTEN)
+def _region_fields() -> dict[str, tuple[type[Any], Callable[[Any], Any]]]:
+    """The types of fields that are written down, and what makes values for the journal of theirs."""
+    types = attrs.fields_dict(attrs.resolve_types(Region))
+    kinds: dict[str, Any] = {name: field.type for name, field in types.items() if name not in _NOT_WRITTEN}
+    return {name: (kind, _converter.get_unstructure_hook(kind)) for name, kind in kinds.items()}
 
 
 def region_fields(region: Region) -> dict[str, Any]:
     """The fields of a region that are written down."""
-    return {f.name: _converter.unstructure(getattr(region, f.name), f.type) for f in _region_fields()}
-
-
-def _type_of(field: attrs.Attribute[Any]) -> type[Any]:
-    assert field.type is not None
-    return field.type
+    return {name: unstructured(getattr(region, name)) for name, (_, unstructured) in _region_fields().items()}
 
 
 def structured_fields(model: dict[str, Any]) -> dict[str, Any]:
     """What a region is to be made with, besides its host mm."""
-    return {f.name: _converter.structure(model[f.name], _type_of(f)) for f in _region_fields() if f.name in model}
+    return {
+        name: _converter.structure(model[name], kind) for name, (kind, _) in _region_fields().items() if name in model
+    }

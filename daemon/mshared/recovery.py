@@ -31,8 +31,6 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import attrs
-
 from mshared import apply, comparing, donations, processes, reclaim, refusals
 from mshared import records as rec
 from mshared.backing import Backing, BackingStore
@@ -147,7 +145,7 @@ class Recovery:
             store=layout.store,
         )
         mm.vmas = saved.vmas
-        mm.rule = attrs.evolve(mm.rule, forked=layout.forked)
+        mm.rule = mm.rule.with_forks(layout.forked)
         model = Region(mm=mm, **fields)
         live = LiveRegion(
             model,

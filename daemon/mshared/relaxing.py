@@ -42,6 +42,7 @@ class Relaxing:
         for region in alone & self._alone:
             log.debug("region %s: alone again, its memory is native", region.model.name)
             try:
+                region.fork_notes.shielded = False
                 effects = forking.relax(region.model.mm)
                 noted = region_is(region), rec.Refers(region.model.id, ())
                 apply.carry_out(region, effects, self._lifetimes.read_events, *noted)

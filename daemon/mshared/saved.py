@@ -14,7 +14,7 @@ from msharefs.armings import cut
 from msharefs.errors import InternalError
 from msharefs.frames import StoreNo
 from msharefs.perms import PROT_RW
-from msharefs.vma import FileId, Vma
+from msharefs.vma import Arming, FileId, Vma
 from msharefs.vma_set import VmaSet
 
 Pages = list[tuple[AddrRange, StoreNo]]
@@ -155,7 +155,10 @@ def _(record: rec.Written, saved: Saved) -> None:
 @_apply.register
 def _(record: rec.Forked, saved: Saved) -> None:
     """What lies in shared files both have from there, and what nobody may touch, each has for itself."""
-    twin, origin = saved.regions[record.region], saved.regions[record.origin]
+    origin = saved.regions[record.origin]
+    saved.add(_fork_of(origin.last, record))
+    twin = saved.regions[record.region]
+    twin.vmas = origin.vmas.fork()
     own = [(ar, origin.last.layout.store) for ar in record.present]
     older = origin.foreign
     for ar in record.present:
@@ -253,3 +256,18 @@ def _touchable(vmas: VmaSet, pages: Pages) -> Iterator[tuple[AddrRange, StoreNo]
 
 def _holds_pages(vma: Vma) -> bool:
     return bool(vma.prot & PROT_RW) and not vma.reaches_file
+
+
+def _fork_of(origin: rec.RegionIs, how: rec.Forked) -> rec.RegionIs:
+    """How a fork is when it is made (compare ``Namespace.fork``, ``forking.fork``)."""
+    model = {
+        "id": how.region,
+        "name": how.name,
+        "owner": attrs.asdict(how.owner),
+        "backing": origin.model["backing"],
+        "ready": True,
+        "origin": how.of,
+        "used": origin.model.get("used"),
+    }
+    layout = attrs.evolve(origin.layout, forked=Arming.MISSING, store=how.store)
+    return rec.RegionIs(model, layout, how.memory, how.created_ns)

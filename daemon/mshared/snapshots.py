@@ -19,7 +19,7 @@ import trio
 from mshared import apply, processes, sparse
 from mshared import records as rec
 from mshared.backing import BackingStore
-from mshared.book import everything_of, region_is
+from mshared.book import newly_forked, region_is
 from mshared.killpoints import point
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
@@ -198,9 +198,8 @@ class Snapshots:
                 for wish in wishes:
                     if len(wishes) > 1 or wish.origin.files:  # Meanwhile, or for the one before, names were taken.
                         self._check(wish, who)
-                    twin, forked = self._twin(wish, who)
-                    twins.append(twin)
-                    noted += [*everything_of(twin, refers=False), forked]
+                    twins.append(self._twin(wish, who))
+                    noted += newly_forked(twins[-1], wish.origin)
                 point()
                 self._write_down(wishes, noted + made(twins), reply)
             except BaseException:
@@ -215,19 +214,23 @@ class Snapshots:
     def _write_down(self, wishes: Sequence[Wish], noted: list[rec.Record], reply: protocol.Reply | None) -> None:
         """From now on the twins are there, and their relatives are as they must be for that."""
         families = {wish.origin.family.number: wish.origin.family for wish in wishes}
-        relatives = [each for family in families.values() for each in family.regions.values() if each.recorded]
-        self._lifetimes.book.commit(*map(region_is, relatives), *noted, reply=reply)
+        relatives = [region for family in families.values() for region in family.regions.values()]
+        shielded = [each for each in relatives if each.recorded and not each.fork_notes.shielded]
+        self._lifetimes.book.commit(*map(region_is, shielded), *noted, reply=reply)
+        for each in shielded:
+            each.fork_notes.shielded = True
 
     def _shield(self, origin: LiveRegion) -> None:
         """Have every store to a region seen, and to its relatives, which may come to hold what others refer to."""
         for region in list(origin.family.regions.values()):
             mm = region.model.mm
             if region is origin or not mm.rule.forked & Arming.WP:
-                effects = [*mm.write_back(mm.ar), *forking.shield(mm)] if region is origin else forking.shield(mm)
+                written = mm.write_back(mm.ar) if region is origin and region.files else []
+                effects = [*written, *forking.shield(mm)]
                 if effects:
                     apply.carry_out(region, effects, self._lifetimes.read_events)
 
-    def _twin(self, wish: Wish, who: Credentials) -> tuple[LiveRegion, rec.Forked]:
+    def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
         origin = wish.origin
         origin.refresh_tables()
         mm = forking.fork(origin.model.mm)
@@ -248,7 +251,7 @@ class Snapshots:
             self._namespace.abandon(model)
             self._lifetimes.forget(twin)
             raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
-        return twin, rec.Forked(model.id, origin.model.id, tuple(forking.own_pages(origin.model.mm)))
+        return twin
 
 
 async def _acquire(lock: trio.Lock) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 import trio
 
@@ -26,7 +28,11 @@ class Reading:
 
     under_way: list[AddrRange] = attrs.Factory(list)
     readahead: Readahead = attrs.Factory(Readahead)
-    limiter: trio.CapacityLimiter = attrs.Factory(lambda: trio.CapacityLimiter(4))
+
+    @functools.cached_property
+    def limiter(self) -> trio.CapacityLimiter:
+        """What bounds the threads, made when first needed."""
+        return trio.CapacityLimiter(4)
 
 
 @attrs.frozen

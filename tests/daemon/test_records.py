@@ -51,6 +51,9 @@ CHANGES = (
     Arm(pages(0), Arming.MISSING | Arming.WP), Protect(pages(0)), Punch(pages(1)), Stash(pages(2)), Unstash(pages(2)),
     WriteBack(pages(3), FileId(1), 4096),
 )  # fmt: skip
+FORKED = rec.Forked(
+    2, 1, (pages(0, 3),), StoreNo(1), rec.Memory(13, 14, 15), 98, Ownership(1, 2, 0o640), "twin", "r1"
+)  # fmt: skip
 ALL: list[rec.Record] = [
     region(),
     region(2, unshared=Unshared("then", "why"), origin="r1", used=5, transient=True, kept=True),
@@ -65,7 +68,7 @@ ALL: list[rec.Record] = [
     rec.Dirty(1, pages(0, 4), (pages(1), pages(3))),
     rec.SetAside(1, 1, 31, 4096, bytes(range(256)), 0),
     rec.Written(1, 1),
-    rec.Forked(2, 1, (pages(0, 3),)),
+    FORKED,
     rec.Refers(2, ((pages(0), StoreNo(0)),)),
     rec.Inherited(1, pages(0), StoreNo(0), StoreNo(1)),
     ATTACHMENT,
@@ -145,12 +148,28 @@ class TestReplay:
         vmas = (Vma(pages(0, 4)), Vma(pages(4), Prot.NONE), Vma(pages(5), PROT_RW, attrs.evolve(FILE, writable=True)))
         saved = replay(
             region(2, store=1),
+            rec.Mapped(2, pages(0, 6), vmas),
             rec.Refers(2, ((pages(0, 3), StoreNo(0)),)),
-            region(3, store=2),
-            rec.Mapped(3, pages(0, 6), vmas),
-            rec.Forked(3, 2, (pages(1), pages(3, 3))),
+            attrs.evolve(FORKED, region=3, origin=2, present=(pages(1), pages(3, 3)), store=StoreNo(2)),
         )
         assert saved.regions[3].foreign == [(pages(0), 0), (pages(1), 1), (pages(2), 0), (pages(3), 1)]
+        assert list(saved.regions[3].vmas) == list(vmas)
+        saved.add(rec.Mapped(2, pages(0, 6), ()))
+        assert list(saved.regions[3].vmas) == list(vmas)
+
+    def test_a_fork_is_as_its_origin_but_for_what_is_its_own(self) -> None:
+        """Whatever has become of the origin since, and before the fork."""
+        origin = region(1, unshared=Unshared("then", "why"), used=5, transient=True, kept=True, faults=7, breaks=9)
+        saved = replay(origin, FORKED, rec.RegionGone(1))
+        mm = HostMm(pages(0, 512))
+        model = Region(
+            RegionId(2), "twin", Ownership(1, 2, 0o640), BackingKind.SMALL, mm, ready=True, origin="r1", used=5
+        )
+        layout = attrs.evolve(origin.layout, forked=Arming.MISSING, store=FORKED.store)
+        last = saved.regions[2].last
+        assert attrs.evolve(last, model={}) == rec.RegionIs({}, layout, FORKED.memory, 98)
+        assert rec.region_fields(Region(mm=mm, **rec.structured_fields(last.model))) == rec.region_fields(model)
+        assert saved.next_region == 3
 
     def test_an_heir_has_its_pages_itself_and_the_others_have_them_from_it(self) -> None:
         three = (((pages(0, 3), StoreNo(0)),), ((pages(0, 2), StoreNo(0)),), ((pages(0, 2), StoreNo(0)),))
@@ -174,7 +193,7 @@ class TestReplay:
         saved = replay(region(4), rec.RegionGone(4), rec.Counters(2, 9))
         assert (saved.regions, saved.next_region, saved.next_attachment) == ({}, 5, 9)
 
-    @pytest.mark.parametrize("record", [rec.Moved(1, 1), rec.Poisoned(5, 0, on=True), rec.Forked(2, 1, ())])
+    @pytest.mark.parametrize("record", [rec.Moved(1, 1), rec.Poisoned(5, 0, on=True), FORKED])
     def test_what_is_about_nothing_is_refused(self, record: rec.Record) -> None:
         with pytest.raises(InternalError, match="is not there"):
             replay(record)

@@ -8,20 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
+from mshared import records as rec
 from mshared import sparse, uffd
 from mshared.backing import Backing, MemfdStore
+from mshared.book import everything_of
+from mshared.journal import NAME, Journal, load
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
+from mshared.relaxing import Relaxing
+from mshared.saved import Saved, SavedRegion
 from mshared.snapshots import Snapshots, Wish
 from msharefs import forking
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Bring, ZeroFill
 from msharefs.errors import ExistsError, NoMemoryError, NoSpaceError, NotFoundError
 from msharefs.fault import Fault
+from msharefs.frames import StoreNo
 from msharefs.namespace import Limits, Namespace, Policy
 from msharefs.perms import Access, Credentials, Ownership, Prot
 from msharefs.region import BackingKind
@@ -177,6 +184,107 @@ class TestTwins:
         assert twin.add_file(other) != number
         twin.drop_unused_files()
         assert set(twin.files) == {number}
+
+
+class TestWrittenDown:
+    """What the next daemon makes of the journal is what there is."""
+
+    @pytest.fixture
+    def journal(self, world: World, directory: Path) -> Iterator[Path]:
+        journal = Journal(directory / NAME)
+        world.lifetimes.book.journal = journal
+        world.lifetimes.book.rewrite()
+        yield journal.path
+        journal.close()
+
+    def known(self, world: World) -> LiveRegion:
+        """A region that is written down, with a hole, a file, and memory that may only be read."""
+        region = world.region()
+        mm, start = region.model.mm, region.model.ar.start
+        mm.munmap(AddrRange.sized(start + 4 * PAGE_SIZE, PAGE_SIZE))
+        mm.mprotect(AddrRange.sized(start + 6 * PAGE_SIZE, PAGE_SIZE), Prot.READ)
+        number = region.add_file(os.open("/dev/null", os.O_RDWR))
+        place = AddrRange.sized(start + 8 * PAGE_SIZE, PAGE_SIZE)
+        source = FileSource(number, 0, shared=True, writable=True)
+        mm.mmap(place, PAGE_SIZE, fixed=True, replace=True, source=source)
+        world.lifetimes.book.commit(*everything_of(region))
+        world.lifetimes.book.regions[region.model.id] = region
+        return region
+
+    def entries(self, path: Path) -> tuple[bytes, ...]:
+        state = load(path)
+        assert state is not None
+        return state.records
+
+    def check(self, world: World, path: Path) -> Saved:
+        """What the journal comes to, which is how everything is."""
+        saved, now = Saved.of(self.entries(path)), Saved()
+        for region in world.lifetimes.regions():
+            for record in everything_of(region):
+                now.add(record)
+        assert saved.regions.keys() == now.regions.keys()
+        for number, each in saved.regions.items():
+            there = now.regions[number]
+            assert attrs.evolve(each.last, model={}) == attrs.evolve(there.last, model={})
+            assert rec.structured_fields(each.last.model).items() <= rec.structured_fields(there.last.model).items()
+            assert (list(each.vmas), each.files, each.dirty) == (list(there.vmas), there.files, there.dirty)
+            assert whose(each) == whose(there)
+        return saved
+
+    def test_forks_and_forks_of_forks(self, world: World, journal: Path) -> None:
+        origin = self.known(world)
+        one = world.fork((origin, "one"), mode=0o640)[0]
+        world.fork((one, "two"), (origin, None))
+        self.check(world, journal)
+
+    def test_pages_that_have_come_and_pages_that_were_left_to_others(self, world: World, journal: Path) -> None:
+        origin = self.known(world)
+        os.pwrite(origin.backing.fd, b"\2", 9 * PAGE_SIZE)
+        one = world.fork((origin, "one"))[0]
+        os.pwrite(origin.backing.fd, b"\3", 11 * PAGE_SIZE)
+        two = world.fork((origin, "two"), (one, "three"))[0]
+        page = AddrRange.sized(origin.model.ar.start + 9 * PAGE_SIZE, PAGE_SIZE)
+        world.fork((one, "four"))
+        origin.family.make_or_reclaim(origin.model.mm, forking.to_preserve(origin.model.mm, page))
+        world.fork((one, "five"), (two, "six"), (origin, "seven"))
+        saved = self.check(world, journal)
+        five = whose(saved.regions[world.namespace.find("five").id])
+        assert five == {AddrRange.sized(origin.model.ar.start, PAGE_SIZE): 0, page: one.model.mm.store}
+        assert one.fork_notes.own_pages(one.model.mm) == (page,)
+
+    def test_that_stores_are_seen_is_written_down_once(self, world: World, journal: Path) -> None:
+        """Also of relatives, whom a fork that failed had protected already."""
+        origin = self.known(world)
+        one = world.fork((origin, "one"))[0]
+        world.store.room = 0
+        with pytest.raises(NoSpaceError):
+            world.fork((origin, "two"))
+        assert one.model.mm.rule.forked & Arming.WP
+        world.store.room = 1 << 30
+        world.fork((origin, "two"))
+        self.check(world, journal)
+        world.fork((origin, "three"))
+        self.check(world, journal)
+        kinds = [[type(record) for record in rec.decode(entry)] for entry in self.entries(journal)]
+        new = [rec.Forked, rec.FileIs, rec.Dirty]
+        assert kinds[2:] == [[rec.RegionIs, *new], [rec.RegionIs, *new], [rec.RegionIs, *new]]
+
+    def test_and_again_when_they_were_not_seen_meanwhile(self, world: World, journal: Path) -> None:
+        origin = self.known(world)
+        twin = world.fork((origin, None))[0]
+        world.snapshots.end(twin)
+        world.lifetimes.settling.finish()
+        relaxing = Relaxing(world.lifetimes)
+        for _ in range(2):
+            relaxing.look()
+        assert origin.model.mm.rule.forked is Arming.NATIVE
+        world.fork((origin, "two"))
+        self.check(world, journal)
+
+
+def whose(region: SavedRegion) -> dict[AddrRange, StoreNo]:
+    """In whose store pages of a region lie, where that is not its own."""
+    return {page: store for run, store in region.foreign for page in run.pieces(PAGE_SIZE)}
 
 
 class TestOneInstant:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import Client, Daemon
-from twins import MIB, PAGE, SIGBUS, SIGSEGV, files_of_regions, started
+from twins import MIB, PAGE, SIGBUS, SIGSEGV, file_of, files_of_regions, started
 
 NOBODY = 65534
 SIZE = 8 * MIB
@@ -227,7 +227,7 @@ class TestFamilies:
         self, origin: Client, daemon: Daemon, eventually: Callable[[Callable[[], bool]], None]
     ) -> None:
         origin.do(f"r.buf[:] = bytes([1]) * {SIZE}; r.fork(name + '-s'); s = on(name + '-s'); s.munmap(0, 2 * MIB)")
-        files = sorted(files_of_regions(daemon.state), key=lambda file: int(file.name))[-2:]
+        files = [file_of(origin, each, daemon.state) for each in "rs"]
         origin.do("mshare.mshare_unlink(name)")
         assert set(files) <= set(files_of_regions(daemon.state))
         held = lambda: sum(file.stat().st_blocks * 512 for file in files if file.exists())  # noqa: E731

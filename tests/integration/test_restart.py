@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Client, Daemon, mounts_below
 from hugepages import GIB, need_memory
+from twins import files_of_regions
 
 pytestmark = pytest.mark.pool
 
@@ -372,7 +373,7 @@ class TestForks:
         for name, pages in expected.items():
             assert c.ask(f"[{name}.buf[page * PAGE] for page in range(8)]") == pages
         c.do("for n in 'abcd': mshare.mshare_unlink(n)")
-        assert [file for kind in ("thp", "4k") for file in (daemon.state / kind).glob("[0-9]*")] == []
+        assert files_of_regions(daemon.state) == []
 
     def test_pages_of_a_region_that_has_ended_are_there(self, daemon: Daemon, client: Callable[..., Client]) -> None:
         c = client()
