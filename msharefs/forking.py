@@ -8,7 +8,6 @@ moved that only a relative has, it is to be brought (``to_bring``). Whoever make
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 
 from msharefs import clean_pages
@@ -17,10 +16,8 @@ from msharefs.effects import Arm, Change, Copy, Protect
 from msharefs.frames import StoreNo, frame_in, index_of, store_of
 from msharefs.host_mm import HostMm
 from msharefs.lineage import Lineage
-from msharefs.perms import PROT_RW, Access, Prot
+from msharefs.perms import PROT_RW, Prot
 from msharefs.pte import FRAMES_IN_PMD, Pte, PteFlag, pte_flags
-from msharefs.storable import Storable
-from msharefs.streams import Streams
 from msharefs.vma import Arming
 
 
@@ -58,10 +55,15 @@ def fork(mm: HostMm) -> HostMm:
     copied by the caller; the tables are up to date. What lies in shared files, both have from there, and what is clean
     from its reference page.
     """
-    twin = copy.copy(mm)
-    twin.store = mm.lineage.add(twin)
-    twin.streams = {access: Streams() for access in Access}
-    twin.storable = Storable(mm.ar.size // mm.page)
+    twin = HostMm(
+        mm.ar,
+        levels=mm.table.levels,
+        page=mm.page,
+        granule=mm.granule,
+        paging_all=mm.paging_all,
+        hole_signal=mm.hole_signal,
+        lineage=mm.lineage,
+    )
     twin.rule = mm.rule.with_forks(Arming.MISSING)
     twin.table = mm.table.fork(mm.storable.parts(mm.ar))
     twin.borrowed = {*mm.borrowed, mm.store}

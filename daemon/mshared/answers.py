@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import trio
 
@@ -38,9 +40,11 @@ class Answer:
     """A reply and the descriptors that go with it; they stay the daemon's. It waits until ``after`` is set.
 
     ``again``: a packet that follows it, which was lost when it was sent before; then that one waits.
+    ``then`` is done once it was sent.
     """
 
     reply: protocol.Reply
     fds: tuple[int, ...] = ()
     after: trio.Event | None = None
     again: bytes | None = None
+    then: Callable[[], None] | None = None

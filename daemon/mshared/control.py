@@ -141,7 +141,7 @@ class _Connection:
         self._owing = False
         """Whether a request was carried out and its answer not sent: the client may ask for that."""
         self._changing = False
-        """Whether the last request changed mappings: what is mapped is touched, or something else mapped, at once."""
+        """Whether the last request changed mappings, or forked a region: that is touched, or changed again, at once."""
         self._tokens: set[str] = set()
         self.caller = caller
 
@@ -183,6 +183,8 @@ class _Connection:
             await reply.after.wait()
         await (self._send(reply) if reply.again is None else self._packets.send(reply.again))
         self._owing = False
+        if reply.then is not None:
+            reply.then()
         if self._changing:
             self._pager.linger()
 
@@ -193,7 +195,7 @@ class _Connection:
         try:
             message, announced = protocol.decode(packet)
             _expect(fds, announced)
-            self._changing = isinstance(message, protocol.Changing)
+            self._changing = isinstance(message, protocol.Changing | protocol.Fork)
             return await answer(message, fds)
         except MshareError as error:
             return Answer(protocol.Failed(error.errno, str(error)))

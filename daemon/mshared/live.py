@@ -126,10 +126,8 @@ class LiveRegion:
     ``ended``: the namespace has let it go, and it closes when its files have every store. ``unwritten`` is what a
     change has left to be written to files; ``written`` is not set while the files of a region that nobody is attached
     to are brought up to date. ``family`` are its forks, and those that it is a fork of.
-    ``digests`` are of pages whose stores are not reported: see ``mshared.comparing``.
-    ``journal`` takes what was refused, ``trace`` every fault while somebody asks for them. ``sponsor`` is a pidfd of
-    the process that keeps it, if one does.
-
+    ``digests``: see ``mshared.comparing``. ``journal`` takes what was refused, ``trace`` every fault while somebody
+    asks for them. ``sponsor`` is a pidfd of the process that keeps it, if one does.
     ``book`` is where it is written down, once somebody is attached: before that nobody but its creator knows of it.
     ``change`` is one for which memory is still to be moved, and ``steps`` how often it was. ``writing`` is what files
     are just being brought up to date with.

@@ -7,6 +7,7 @@ else runs from decision to effect without an await.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import attrs
 import trio
@@ -20,7 +21,7 @@ from mshared.file_mappings import FileMappings
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.names import Names
-from mshared.snapshots import Snapshots, Wish
+from mshared.snapshots import Snapshots, Wish, expect_stores
 from mshared.tickets import Ticket, read_ticket
 from mshared.views import Views
 from mshared.writeback import write_out
@@ -301,8 +302,8 @@ class Service:
         origin = live.region
         if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
-        await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who, protocol.Done())
-        return Answer(protocol.Done())
+        twins = await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who, protocol.Done())
+        return Answer(protocol.Done(), then=partial(expect_stores, twins))
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:
         """The region behind one of the caller's attachments."""

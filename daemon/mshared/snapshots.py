@@ -254,6 +254,14 @@ class Snapshots:
         return twin
 
 
+def expect_stores(twins: Iterable[LiveRegion]) -> None:
+    """Have ready what the first store to an origin needs: whoever waits for a fork stores right after it."""
+    for twin in twins:
+        if not twin.closed:
+            with contextlib.suppress(OSError):  # It is made when it is needed, then.
+                twin.filler()
+
+
 async def _acquire(lock: trio.Lock) -> None:
     """Take a lock; one that is free without giving others their turn before."""
     try:

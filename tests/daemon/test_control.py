@@ -195,6 +195,19 @@ def test_a_place_where_nothing_can_listen(directory: Path, open_descriptors: Cal
     assert open_descriptors() == before
 
 
+def test_what_an_answer_asks_for_is_done_once_it_was_sent(run: Any, service: FakeService) -> None:
+    async def work(path: Path) -> None:
+        async with Peer(path) as peer:
+            await peer.say(HELLO)
+            with trio.fail_after(10):
+                assert await peer.say(protocol.Detach(1)) == protocol.Done()
+                await done.wait()
+
+    done = trio.Event()
+    service.answer = Answer(protocol.Done(), then=done.set)
+    run(work)
+
+
 class TestSessions:
     """Answers of a daemon before, and requests that come again."""
 

@@ -22,7 +22,7 @@ from mshared.live import LiveAttachment, LiveRegion
 from mshared.pager import Pager
 from mshared.relaxing import Relaxing
 from mshared.saved import Saved, SavedRegion
-from mshared.snapshots import Snapshots, Wish
+from mshared.snapshots import Snapshots, Wish, expect_stores
 from msharefs import forking
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Bring, ZeroFill
@@ -462,6 +462,27 @@ class TestForChildren:
         assert len(world.lifetimes.regions()) == 2
         world.snapshots.forget([*tokens, "other"])
         assert world.lifetimes.regions() == [origin]
+
+
+def test_what_the_first_store_needs_is_ready(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of one that has ended meanwhile; and what cannot be had is made later."""
+    origin = world.region()
+    ended, other, last = world.fork((origin, None), (origin, "other"), (origin, "last"))
+    world.snapshots.end(ended)
+    world.lifetimes.settling.finish()
+    expect_stores([ended, other])
+    assert (ended._filler, last._filler) == (None, None)
+    made = other._filler
+    assert made is not None
+
+    def none(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mshared.live.Filler", none)
+        expect_stores([other, last])
+    assert (other._filler, last._filler) == (made, None)
+    assert last.filler()
 
 
 def test_loads_of_a_twin_are_brought(world: World) -> None:
