@@ -43,7 +43,7 @@ def round_up(value: int, to: int) -> int:
     return (value + to - 1) & ~(to - 1)
 
 
-@attrs.frozen(order=True)
+@attrs.frozen(order=True, init=False)
 class AddrRange:
     """The addresses ``start <= a < end``; abbreviated ``ar``. Never empty.
 
@@ -53,10 +53,15 @@ class AddrRange:
     start: Address
     end: Address
 
-    def __attrs_post_init__(self) -> None:
-        """Refuse ranges that hold nothing: an empty range has no meaning to any caller."""
-        if not 0 <= self.start < self.end:
-            raise InvalidArgumentError(f"not a range: {self.start:#x}..{self.end:#x}")
+    def __init__(self, start: Address, end: Address) -> None:
+        """Refuse ranges that hold nothing: an empty range has no meaning to any caller.
+
+        By hand it takes two thirds of the time, and each fault makes one.
+        """
+        if not 0 <= start < end:
+            raise InvalidArgumentError(f"not a range: {start:#x}..{end:#x}")
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "end", end)
 
     @classmethod
     def sized(cls, start: int, size: int) -> AddrRange:

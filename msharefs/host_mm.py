@@ -30,7 +30,7 @@ from msharefs.frames import StoreNo, frame_in, store_of
 from msharefs.lineage import Lineage
 from msharefs.page_table import PageTable
 from msharefs.perms import PROT_RW, Access, Advice, Prot
-from msharefs.pte import READ_ONLY, Pte, PteFlag, pte_flags
+from msharefs.pte import DIRTY, READ_ONLY, Pte, PteFlag, pte_flags
 from msharefs.rules import check_end, check_prot, check_store, moves_of_contents
 from msharefs.storable import Storable
 from msharefs.streams import Streams
@@ -77,6 +77,7 @@ class HostMm:
         self.hole_signal = hole_signal
         self.lineage = lineage or Lineage()
         self.store = self.lineage.add(self, store)
+        self._first_frame = frame_in(self.store, 0)
         self.streams = {access: Streams() for access in Access}
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
@@ -231,10 +232,10 @@ class HostMm:
 
         False of a dirty one, and of one that relatives refer to: this is old news, it came since the thread stopped.
         """
-        pte = self.table.walk(page.start)
-        if pte is None:
+        word = self.table.entry(page.start)
+        if not word:
             return True
-        if pte.flags & PteFlag.DIRTY or any(self.lineage.claims(self, page)):
+        if word & DIRTY or any(self.lineage.claims(self, page)):
             return False
         self.table.clear_range(page)
         return True
@@ -299,7 +300,7 @@ class HostMm:
 
     def frame_at(self, addr: Address) -> FrameNo:
         """The frame of its own that belongs to ``addr``: frame n is page n of the backing file."""
-        return frame_in(self.store, (addr - self.ar.start) >> PAGE_SHIFT)
+        return FrameNo(self._first_frame + (addr - self.ar.start >> PAGE_SHIFT))
 
     def _install(self, ar: AddrRange, *, huge: bool) -> None:
         """Enter pages that are there, in what may be touched of ``ar``."""

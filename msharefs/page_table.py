@@ -85,8 +85,21 @@ class PageTable:
 
     def walk(self, addr: Address) -> Pte | None:
         """The page that holds ``addr``, or None (compare mm/pagewalk.c). For a 2 MiB leaf, the leaf."""
-        word = self._word(addr)
+        word = self.entry(addr)
         return Pte.unpack(word) if word else None
+
+    def entry(self, addr: Address) -> int:
+        """The word that maps ``addr``, as the processor reads it, or 0."""
+        known = self._recent.get(addr // PMD_SIZE)
+        if known is not None:
+            return known.words[addr // PAGE_SIZE % TABLE_ENTRIES]
+        table: Directory | Leaf = self.top
+        while isinstance(table, Directory):
+            below = table.entries.get(entry_index(addr, table.level), 0)
+            if isinstance(below, int):
+                return below
+            table = below
+        return table.words[entry_index(addr, 0)]
 
     def set(self, addr: Address, pte: Pte) -> None:
         """Install ``pte`` at ``addr``, in place of what is there.
@@ -109,7 +122,7 @@ class PageTable:
     def set_range(self, ar: AddrRange, frame: FrameNo, flags: PteFlag) -> None:
         """Install consecutive frames over ``ar`` in 4 KiB pages (2 MiB leaves come by ``set``)."""
         low = (int(flags) | PRESENT) & ~HUGE
-        if ar.size == PAGE_SIZE:
+        if ar.end - ar.start == PAGE_SIZE:
             self._put_one(ar.start, frame << PAGE_SHIFT | low)
             return
         for piece in ar.pieces(PMD_SIZE):
@@ -186,7 +199,7 @@ class PageTable:
 
     def frame_at(self, addr: Address) -> FrameNo | None:
         """The frame of the 4 KiB at ``addr``, or None."""
-        word = self._word(addr)
+        word = self.entry(addr)
         if not word:
             return None
         return FrameNo((word >> PAGE_SHIFT) + (addr % PMD_SIZE >> PAGE_SHIFT if word & HUGE else 0))
@@ -230,7 +243,7 @@ class PageTable:
     def holes(self, ar: AddrRange) -> list[AddrRange]:
         """The parts of ``ar`` in which nothing is installed, in order."""
         if ar.size == PAGE_SIZE:
-            return [] if self._word(ar.start) else [ar]
+            return [] if self.entry(ar.start) else [ar]
         found, start = [], ar.start
         for run in self.present(ar):
             if start < run.start:
@@ -251,19 +264,6 @@ class PageTable:
     def recount(self) -> tuple[list[int], int, int]:
         """Tables a level, pages and 2 MiB leaves, counted anew; InternalError for an empty table."""
         return counted(self.top, self.levels)
-
-    def _word(self, addr: Address) -> int:
-        """The entry that maps ``addr``, or 0."""
-        known = self._recent.get(addr // PMD_SIZE)
-        if known is not None:
-            return known.words[addr // PAGE_SIZE % TABLE_ENTRIES]
-        table: Directory | Leaf = self.top
-        while isinstance(table, Directory):
-            below = table.entries.get(entry_index(addr, table.level), 0)
-            if isinstance(below, int):
-                return below
-            table = below
-        return table.words[entry_index(addr, 0)]
 
     def _own_top(self) -> Directory:
         """The top table, shared with nobody."""
@@ -318,10 +318,14 @@ class PageTable:
 
     def _put_one(self, addr: Address, word: int) -> None:
         """Store one PTE word, which is not 0."""
-        leaf = self._recent.get(addr // PMD_SIZE) or self._leaf(addr)
-        more = leaf.put_one(addr // PAGE_SIZE % TABLE_ENTRIES, word)
-        self.pages += more
-        self.changes += more
+        leaf, index = self._recent.get(addr // PMD_SIZE), addr // PAGE_SIZE % TABLE_ENTRIES
+        if leaf is None:
+            leaf = self._leaf(addr)
+        if not leaf.words[index]:
+            leaf.used += 1
+            self.pages += 1
+            self.changes += 1
+        leaf.words[index] = word
 
     def _clear(self, table: Directory, ar: AddrRange) -> None:
         """Take the pages in ``ar`` out of the tables below ``table``. Preconditions: that is shared with nobody."""

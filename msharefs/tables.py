@@ -50,13 +50,6 @@ class Leaf:
         self.refs -= 1
         return own
 
-    def put_one(self, index: int, word: int) -> int:
-        """Store one word, which is not 0; how many more are in use now."""
-        more = 0 if self.words[index] else 1
-        self.used += more
-        self.words[index] = word
-        return more
-
     def put(self, first: int, words: array[int]) -> None:
         """Store ``words`` from entry ``first``, recounting what is in use."""
         part = slice(first, first + len(words))

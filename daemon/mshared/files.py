@@ -29,17 +29,16 @@ SWAP_NEWS: Final = 0.01
 
 
 class Buffer:
-    """Memory through which pages pass from a file into a region: ``view``, which starts at ``address``."""
+    """Memory through which pages pass from a file into a region: ``view``, which starts at ``address``.
+
+    ``page`` is the first small page of it, as preadv(2) takes it.
+    """
 
     def __init__(self, size: int) -> None:
         memory = mmap.mmap(-1, size)
         self.view = memoryview(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._page = [self.view[:PAGE_SIZE]]
-
-    def first(self, length: int) -> list[memoryview]:
-        """Its first bytes, as preadv(2) takes them."""
-        return self._page if length == PAGE_SIZE else [self.view[:length]]
+        self.page = [self.view[:PAGE_SIZE]]
 
 
 class MappedFile:
@@ -55,8 +54,9 @@ class MappedFile:
         """Read into ``buffer`` what is in memory; False when reading might wait, or reaches past the end."""
         if not self._flags and _swap.in_use(time.monotonic()):
             return False
+        into = buffer.page if length == PAGE_SIZE else [buffer.view[:length]]
         try:
-            return os.preadv(self.fd, buffer.first(length), offset, self._flags) == length
+            return os.preadv(self.fd, into, offset, self._flags) == length
         except OSError:
             return False  # Reading off the loop tells what is wrong, if anything is.
 
