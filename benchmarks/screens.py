@@ -9,7 +9,6 @@ import mmap
 import os
 import re
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,4 +132,4 @@ def _taken(command: str, screen: RenderableType) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

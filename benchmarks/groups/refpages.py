@@ -41,7 +41,7 @@ def run(bench: Bench, plan: Plan) -> None:
     """Each round in fresh processes; ways take turns."""
     with bench.daemon() as daemon:
         kinds = [Kind.THP, Kind.SMALL] if daemon.backing == Kind.THP else [Kind.SMALL]
-        ways = [(_PEER, "fill_private", None)]
+        ways: list[tuple[str, str, Kind | None]] = [(_PEER, "fill_private", None)]
         ways += [(kind.label, "map_all", kind) for kind in kinds]
         ways += [(f"{kinds[0].label}, a call each", "map_each", kinds[0])]
         for number in range(plan.rounds):
