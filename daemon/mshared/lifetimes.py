@@ -111,6 +111,10 @@ class Lifetimes:
             else:
                 self._on_child_found(each, each.model.pid)
 
+    def gone_records(self) -> list[rec.WasAttached]:
+        """What the next daemon is to know of attachments that were gone: should it be the one to complete files."""
+        return [rec.WasAttached(each, live.model.id) for each, live in self.gone.items() if not live.attachments]
+
     def region(self, model: Region) -> LiveRegion:
         """The files of a region of the namespace."""
         return self._regions[model.id]
@@ -207,8 +211,9 @@ class Lifetimes:
         live.close()
         gone = self.namespace.detach(live.region.model, live.model)
         self._unwatch_process(live.model.pid)
-        if not live.region.attachments and not live.region.lock.locked():
-            self.settling.request(live.region)  # Else whoever holds the lock sees to it in the end.
+        if not live.region.attachments:
+            settle = self.settling.expect if live.region.lock.locked() else self.settling.request
+            settle(live.region)
         if gone:
             self.forget(live.region)
 

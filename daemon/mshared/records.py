@@ -235,6 +235,14 @@ class AttachmentGone:
 
 
 @attrs.frozen
+class WasAttached:
+    """An attachment was gone when a daemon came; its process may not know yet that the region's files are complete."""
+
+    attachment: int
+    region: int
+
+
+@attrs.frozen
 class Poisoned:
     """A page of an attachment is marked such that system calls fail there, or is not any more."""
 
@@ -329,6 +337,7 @@ Record = (
     | Inherited
     | AttachmentIs
     | AttachmentGone
+    | WasAttached
     | Poisoned
     | Refused
     | PoisonedForAll

@@ -215,14 +215,16 @@ class Recovery:
 
     def _attach_all(self) -> None:
         """Attachments whose process and window are there still, and the namespace with all regions."""
+        gone = dict(self._saved.gone)
         found: dict[int, list[LiveAttachment]] = {number: [] for number in self._regions}
         for saved in self._saved.attachments.values():
             live = self._regions.get(saved.region)
             attachment = self._attachment(saved, live) if live is not None and not live.closed else None
             if attachment is not None:
                 found[saved.region].append(attachment)
-            elif live is not None:
-                self._lifetimes.gone[saved.model.id] = live
+            else:
+                gone[saved.model.id] = saved.region
+        self._lifetimes.gone.update({each: self._regions[number] for each, number in gone.items() if number in found})
         for live in self._regions.values():
             for attachment in found[live.model.id]:
                 live.model.attachments[attachment.model.id] = attachment.model

@@ -42,10 +42,11 @@ class SavedRegion:
 
 @attrs.define
 class Saved:
-    """Everything, by number. ``ended`` are regions whose store alone is left."""
+    """Everything, by number. ``gone`` are attachments from before, and their regions."""
 
     regions: dict[int, SavedRegion] = attrs.Factory(dict)
     attachments: dict[int, rec.AttachmentIs] = attrs.Factory(dict)
+    gone: dict[int, int] = attrs.Factory(dict)
     untaken: dict[str, rec.UntakenIs] = attrs.Factory(dict)
     answers: dict[str, rec.Answered] = attrs.Factory(dict)
     next_region: int = 1
@@ -196,6 +197,11 @@ def _(record: rec.AttachmentIs, saved: Saved) -> None:
 @_apply.register
 def _(record: rec.AttachmentGone, saved: Saved) -> None:
     saved.attachments.pop(record.attachment, None)
+
+
+@_apply.register
+def _(record: rec.WasAttached, saved: Saved) -> None:
+    saved.gone[record.attachment] = record.region
 
 
 @_apply.register

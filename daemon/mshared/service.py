@@ -226,6 +226,8 @@ class Service:
             return Answer(protocol.Done(), after=ended.written)
         live = self._own(caller, request.attachment)
         self.lifetimes.drop(live, protocol.Done())
+        if live.region.has_stores:  # Others may have died just now, so that this was the last one.
+            self.lifetimes.sweep(list(live.region.attachments))
         return Answer(protocol.Done(), after=live.region.written)
 
     async def change(self, caller: Caller, request: protocol.Changing, file: int | None) -> Answer:

@@ -35,7 +35,8 @@ class Upkeep:
     def write_all(self) -> None:
         """Have the journal say how everything is now, and nothing else. Raises NoSpaceError."""
         counters = rec.Counters(*self._service.namespace.counters)
-        self._service.book.rewrite(counters, *self._service.snapshots.records())
+        gone = self._service.lifetimes.gone_records()
+        self._service.book.rewrite(counters, *gone, *self._service.snapshots.records())
 
     def end(self) -> None:
         """There is nothing to keep for anybody: end the keeper, and take the journal away."""

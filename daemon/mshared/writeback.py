@@ -81,21 +81,27 @@ class Settling:
 
     def __init__(self, read_events: Callable[[], None]) -> None:
         self._read_events = read_events
-        self._send, self._receive = trio.open_memory_channel[LiveRegion](math.inf)
+        self._send, self._receive = trio.open_memory_channel[tuple[LiveRegion, trio.Event]](math.inf)
+        self._expected: dict[LiveRegion, trio.Event] = {}
+
+    def expect(self, region: LiveRegion) -> None:
+        """The last one has gone from a region whose lock somebody holds, who is to ask for this in the end."""
+        region.written = self._expected.setdefault(region, trio.Event())
 
     def request(self, region: LiveRegion) -> None:
         """Do so for a region, at once if there is nothing to write. Who holds its lock is to ask again in the end."""
-        if region.has_stores:
-            region.written = trio.Event()
-            self._send.send_nowait(region)
+        expected = self._expected.pop(region, None)
+        if region.has_stores or expected is not None:
+            region.written = trio.Event() if expected is None else expected
+            self._send.send_nowait((region, region.written))
         elif region.ended and region.written.is_set() and not region.lock.locked():
             region.close()
 
     async def run(self) -> None:
         """Serve for ever."""
         async with trio.open_nursery() as nursery:
-            async for region in self._receive:
-                nursery.start_soon(self._settle, region, region.written)
+            async for region, written in self._receive:
+                nursery.start_soon(self._settle, region, written)
 
     async def from_time_to_time(self, regions: Callable[[], Iterable[LiveRegion]], interval: float) -> None:
         """Have the files of all regions hold every store, for ever; seconds apart, or more where that takes long."""
@@ -122,7 +128,7 @@ class Settling:
         """Settle what is left when nobody serves any more: what blocks now, blocks nobody."""
         with contextlib.suppress(trio.WouldBlock):
             while True:
-                region = self._receive.receive_nowait()
+                region, written = self._receive.receive_nowait()
                 if not region.closed:
                     apply.carry_out(region, region.model.mm.write_back(region.model.ar), self._read_events)
                     while region.unwritten:
@@ -132,7 +138,7 @@ class Settling:
                         write_changed_now(region)
                     except OSError as error:
                         _log_lost(region, str(error.strerror))
-                self._done(region, region.written)
+                self._done(region, written)
 
     async def _settle(self, region: LiveRegion, written: trio.Event) -> None:
         async def once() -> None:
@@ -141,6 +147,8 @@ class Settling:
 
         await lasting(once)
         self._done(region, written)
+        if region in self._expected and not region.closed:  # Somebody has come, and gone, meanwhile.
+            self.request(region)
 
     def _done(self, region: LiveRegion, written: trio.Event) -> None:
         written.set()

@@ -73,6 +73,7 @@ ALL: list[rec.Record] = [
     rec.Inherited(1, pages(0), StoreNo(0), StoreNo(1)),
     ATTACHMENT,
     rec.AttachmentGone(5),
+    rec.WasAttached(9, 1),
     rec.Poisoned(5, 4096, on=True),
     rec.Refused(5, 4096, on=False),
     rec.PoisonedForAll(1, pages(0), on=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -332,3 +333,54 @@ def test_a_file_that_a_client_holds_locked_while_it_waits_does_not_stop_the_daem
         a.receive()
         b.do(f"r = mshare.mshare({name + '-2'!r}, None, 0, RW)")
     assert b.ask("os.pread(f, 1, 0)[0] in (0, 98)")
+
+
+SLOWLY = """
+import time, mshared.writeback
+from pathlib import Path
+def slowly(*args, copy=mshared.writeback._copy):
+    Path({!r}).touch(); time.sleep(0.5)
+    copy(*args)
+mshared.writeback._copy = slowly
+"""
+
+
+@pytest.mark.parametrize("end", ["r.detach()", "m.munmap()"])
+def test_who_goes_last_while_it_is_written_unasked_goes_on_when_all_is(
+    start_daemon: Callable[..., Daemon],
+    client: Callable[..., Client],
+    tmp_path: Path,
+    end: str,
+    eventually: Callable[[Callable[[], bool]], None],
+) -> None:
+    path, under_way = tmp_path / "data", tmp_path / "under way"
+    path.write_bytes(b"a" * 2 * MIB)
+    daemon = start_daemon("--writeback", "0.05", prelude=SLOWLY.format(str(under_way)))
+    c = client(daemon)
+    c.do(f"f = os.open({str(path)!r}, RW)")
+    if end == "r.detach()":
+        c.do("r = mshare.mshare('r', None, 2 * MIB, CREATE); r.mmap(2 * MIB, flags=0x11, offset=0, fd=f)")
+        c.do("r.buf[0] = 98")
+    else:
+        c.do("m = mshare.mmap(f, 2 * MIB); assert m.shared, m.why\nm.buf[0] = 98")
+    eventually(under_way.exists)
+    c.do(end)
+    assert path.read_bytes()[:2] == b"ba"
+
+
+def test_a_child_that_is_dead_is_not_the_last(
+    start_daemon: Callable[..., Daemon], client: Callable[..., Client], tmp_path: Path
+) -> None:
+    """Even if the daemon learns of both at the same time."""
+    path = tmp_path / "data"
+    path.write_bytes(b"a" * 2 * MIB)
+    daemon = start_daemon(prelude=SLOWLY.format(str(tmp_path / "under way")))
+    c = client(daemon)
+    c.do(f"f = os.open({str(path)!r}, RW)")
+    for value in (b"b", b"c", b"d"):
+        c.do(f"m = mshare.mmap(f, 2 * MIB); m.buf[0] = {value[0]}; child = os.fork()\nif not child: signal.pause()")
+        daemon.process.send_signal(signal.SIGSTOP)
+        c.send(do="os.kill(child, 9); os.waitpid(child, 0); m.munmap()")
+        daemon.process.send_signal(signal.SIGCONT)
+        c.receive()
+        assert path.read_bytes()[:2] == value + b"a"
