@@ -116,13 +116,17 @@ class Connection:
                     fds = fds.again() if isinstance(fds, Ticket) else fds
                 if not answered:
                     _send(sock, request, fds)
-                return _receive(sock)
+                reply, received = _receive(sock)
             except RestartedError:
                 raise
             except OSError as error:
                 if error.errno not in DYING:
                     raise
                 self._hang_up()
+            else:
+                if losses == _MOST_LOSSES - 1 or not _is_of_another(reply, fds):
+                    return reply, received
+                self._answered += 1
         raise ConnectionResetError(errno.ECONNRESET, "the daemon hangs up again and again; its log may say why")
 
     def _connected(self, *, waiting: bool) -> tuple[socket.socket, bool]:
@@ -173,6 +177,11 @@ class Connection:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+def _is_of_another(reply: protocol.Message, fds: tuple[int, ...]) -> bool:
+    """Whether a ticket was refused: it may have been opened before this daemon was there, and found out only now."""
+    return isinstance(fds, Ticket) and isinstance(reply, protocol.Failed) and reply.errno == errno.EBADF
 
 
 def _check_start(request: protocol.Request) -> None:

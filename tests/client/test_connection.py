@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mshare import connection
-from mshare.connection import Connection, collect_maps, connect, reply_of
+from mshare.connection import Connection, Ticket, collect_maps, connect, reply_of
 from msharefs import protocol
 
 Apart = Callable[[Callable[[], object]], None]
@@ -273,6 +273,35 @@ class TestAnotherDaemon:
         first, second = (message for message in daemon.heard if isinstance(message, protocol.Hello))
         assert (second.session, second.answered, second.waiting) == (first.session, 1, True)
         assert (first.answered, first.waiting) == (0, False)
+
+    @pytest.mark.parametrize("refused", [1, 3, 1000])
+    def test_a_ticket_of_a_mount_before_is_opened_again(self, link: Connection, daemon: Any, refused: int) -> None:
+        """Whoever asked something else meanwhile has found the next daemon already. In the end it is an error."""
+
+        def ticket() -> Ticket:
+            made = Ticket([os.memfd_create("ticket")])
+            made.again = ticket
+            opened.append(made[0])
+            return made
+
+        def stat(_request: object, fds: list[int]) -> protocol.Message:
+            seen.append(os.fstat(fds[0]).st_ino)
+            return protocol.Failed(errno.EBADF, "not of this mount") if len(seen) <= refused else DONE
+
+        opened: list[int] = []
+        seen: list[int] = []
+        daemon.on[protocol.GetStat] = stat
+        with contextlib.nullcontext() if refused < 20 else pytest.raises(OSError, match="not of this mount"):
+            assert link.call(protocol.GetStat(None), protocol.Done, ticket()) == DONE
+        inodes = [os.fstat(fd).st_ino for fd in opened]
+        for fd in opened:
+            os.close(fd)
+        assert seen == inodes
+        assert len(set(seen)) == min(refused + 1, 20)
+        daemon.stop()
+        daemon.start()
+        assert link.call(ASK, protocol.Listing) == LISTING
+        assert [message.answered for message in daemon.heard if isinstance(message, protocol.Hello)] == [0, len(seen)]
 
     def test_of_one_that_was_carried_out_the_answer_comes_and_it_is_not_repeated(
         self, link: Connection, daemon: Any
