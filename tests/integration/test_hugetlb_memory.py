@@ -9,6 +9,8 @@ import pytest
 from conftest import Client, Daemon
 from hugepages import ELSEWHERE, GIB, HUGE, SIGBUS, SIGSEGV, Pool, layout, pool, touch
 
+pytestmark = pytest.mark.pool
+
 Start = Callable[..., Client]
 
 MANY = 128
@@ -16,8 +18,6 @@ MANY = 128
 FEW = 50
 SCAN = """
 import resource
-
-pytestmark = pytest.mark.pool
 def faults_of(work):
     "How many faults of its own memory this process has while it does that."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -27,6 +27,7 @@ import attrs
 import pytest
 from conftest import PATIENCE, Client, Daemon
 
+pytestmark = pytest.mark.pool
 MIB, PAGE = 1 << 20, 4096
 PLACES = [0, 1, 2, 3, 510, 511, 512, 513]
 """Pages of a region that are used: its first ones, and those around the border of 2 MiB."""
@@ -41,8 +42,6 @@ import zlib
 import mshare.connection
 mshare.connection.PATIENCE = 60  # Several die one after the other, before they are ready.
 from mmap import *
-
-pytestmark = pytest.mark.pool
 R = {}
 def sums(number, pages):
     "Checksums of whole pages."
