@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from mshared import encoding
 from mshared import records as rec
 from mshared.journal import Journal
 from mshared.processes import start_time
@@ -83,7 +84,7 @@ class Book:
         self._owed += records
         try:
             if self._owed:
-                self.journal.append(rec.encode(self._owed))
+                self.journal.append(encoding.encode(self._owed))
                 self._owed = ()
         except NoSpaceError as error:
             if not owed_before:
@@ -137,7 +138,7 @@ class Book:
             regions = list(self.regions.values())
             records = [record for region in regions for record in everything_of(region)]
             records += [attachment_is(each) for region in regions for each in region.attachments]
-            self.journal.replace(rec.encode([*others, *records, *self.answers.values()]))
+            self.journal.replace(encoding.encode([*others, *records, *self.answers.values()]))
             self._owed = ()
             self._least = 2 * self.journal.size + _WORTH_IT
 
@@ -156,7 +157,7 @@ def region_is(region: LiveRegion) -> rec.RegionIs:
         region.family.number,
         mm.store,
     )
-    fields = rec.region_fields(region.model)
+    fields = encoding.region_fields(region.model)
     return rec.RegionIs(fields, layout, _memory(region), region.created_ns, region.closed, region.sponsor)
 
 

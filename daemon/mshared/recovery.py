@@ -31,7 +31,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mshared import apply, comparing, donations, processes, reclaim, refusals
+from mshared import apply, comparing, donations, encoding, processes, reclaim, refusals
 from mshared import records as rec
 from mshared.backing import Backing, BackingStore
 from mshared.family import Family
@@ -131,7 +131,7 @@ class Recovery:
     def _region(self, saved: SavedRegion) -> LiveRegion:
         """A region without its pages. Raises OSError when its memory is gone."""
         last, layout = saved.last, saved.last.layout
-        fields = rec.structured_fields(last.model)
+        fields = encoding.structured_fields(last.model)
         made = self._backing(last)
         family, lineage = self._families.setdefault(layout.family, (Family(layout.family), Lineage()))
         mm = HostMm(

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from mshared import encoding
 from mshared import records as rec
 from msharefs.addr import AddrRange, united
 from msharefs.armings import cut
@@ -57,7 +58,7 @@ class Saved:
         """What the entries of a journal come to. Raises InternalError when they contradict each other."""
         saved = cls()
         for entry in entries:
-            for record in rec.decode(entry):
+            for record in encoding.decode(entry):
                 saved.add(record)
         return saved
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_kernel import World, pages
 
-from mshared import journal
+from mshared import encoding, journal
 from mshared import records as rec
 from mshared.book import Asked, Book, asked, mapped
 from mshared.journal import Journal
@@ -44,7 +44,7 @@ def entries(book: Book) -> list[list[rec.Record]]:
     assert book.journal is not None
     found = journal.load(book.journal.path)
     assert found is not None
-    return [rec.decode(entry) for entry in found.records[1:]]
+    return [encoding.decode(entry) for entry in found.records[1:]]
 
 
 def test_records_and_answer_are_one_entry(book: Book, request_: None) -> None:

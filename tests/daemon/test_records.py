@@ -7,6 +7,7 @@ from typing import Any, get_args
 import attrs
 import pytest
 
+from mshared import encoding
 from mshared import records as rec
 from mshared.saved import Saved
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange
@@ -33,7 +34,7 @@ def region(number: int = 1, *, store: int = 0, family: int = 1, **fields: Any) -
     layout = rec.Layout(
         ar, 4, PAGE_SIZE, PAGE_SIZE, False, Signal.SIGBUS, Arming.WP, family, StoreNo(store)
     )  # fmt: skip
-    return rec.RegionIs(rec.region_fields(model), layout, rec.Memory(10, 11, 12, None, 0, "/p", None), 99)
+    return rec.RegionIs(encoding.region_fields(model), layout, rec.Memory(10, 11, 12, None, 0, "/p", None), 99)
 
 
 ATTACHMENT = rec.AttachmentIs(
@@ -91,17 +92,19 @@ def test_every_kind_is_here() -> None:
 
 @pytest.mark.parametrize("record", ALL, ids=lambda record: type(record).__name__)
 def test_a_record_is_read_as_it_was_written(record: rec.Record) -> None:
-    assert rec.decode(rec.encode([record])) == [record]
+    assert encoding.decode(encoding.encode([record])) == [record]
 
 
 def test_of_a_region_all_fields_are_there_but_those_that_are_told_apart() -> None:
     """A field that the core gets one day is written down, too."""
-    written = set(rec.region_fields(Region(RegionId(1), None, Ownership(0, 0, 0), BackingKind.THP, HostMm(pages(0)))))
+    written = set(
+        encoding.region_fields(Region(RegionId(1), None, Ownership(0, 0, 0), BackingKind.THP, HostMm(pages(0))))
+    )
     assert written == {field.name for field in attrs.fields(Region)} - {"mm", "attachments", "latency"}
 
 
 def replay(*records: rec.Record) -> Saved:
-    return Saved.of([rec.encode(records)])
+    return Saved.of([encoding.encode(records)])
 
 
 class TestReplay:
@@ -169,7 +172,9 @@ class TestReplay:
         layout = attrs.evolve(origin.layout, forked=Arming.MISSING, store=FORKED.store)
         last = saved.regions[2].last
         assert attrs.evolve(last, model={}) == rec.RegionIs({}, layout, FORKED.memory, 98)
-        assert rec.region_fields(Region(mm=mm, **rec.structured_fields(last.model))) == rec.region_fields(model)
+        assert encoding.region_fields(
+            Region(mm=mm, **encoding.structured_fields(last.model))
+        ) == encoding.region_fields(model)
         assert saved.next_region == 3
 
     def test_an_heir_has_its_pages_itself_and_the_others_have_them_from_it(self) -> None:

@@ -12,8 +12,8 @@ import attrs
 import pytest
 import trio
 
+from mshared import encoding, sparse, uffd
 from mshared import records as rec
-from mshared import sparse, uffd
 from mshared.backing import Backing, MemfdStore
 from mshared.book import everything_of
 from mshared.journal import NAME, Journal, load
@@ -226,7 +226,10 @@ class TestWrittenDown:
         for number, each in saved.regions.items():
             there = now.regions[number]
             assert attrs.evolve(each.last, model={}) == attrs.evolve(there.last, model={})
-            assert rec.structured_fields(each.last.model).items() <= rec.structured_fields(there.last.model).items()
+            assert (
+                encoding.structured_fields(each.last.model).items()
+                <= encoding.structured_fields(there.last.model).items()
+            )
             assert (list(each.vmas), each.files, each.dirty) == (list(there.vmas), there.files, there.dirty)
             assert whose(each) == whose(there)
         return saved
@@ -265,7 +268,7 @@ class TestWrittenDown:
         self.check(world, journal)
         world.fork((origin, "three"))
         self.check(world, journal)
-        kinds = [[type(record) for record in rec.decode(entry)] for entry in self.entries(journal)]
+        kinds = [[type(record) for record in encoding.decode(entry)] for entry in self.entries(journal)]
         new = [rec.Forked, rec.FileIs, rec.Dirty]
         assert kinds[2:] == [[rec.RegionIs, *new], [rec.RegionIs, *new], [rec.RegionIs, *new]]
 
