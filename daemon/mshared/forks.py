@@ -3,8 +3,8 @@
 The kernel reports a fork by the child's userfaultfd, before the child has a pid, and never says whose address space
 that is. So each such address space is marked, and /proc is searched for the marks. Every window has an anchor: pages
 that nobody touches, of which the first is registered with the window's userfaultfd. Registering some of the following
-ones too, for a moment, makes one mapping of them all in that address space only; its length is the mark, a different
-one for each child of a round.
+ones too, for a moment, makes a mapping of them in that address space only; its length is the mark, a different one for
+each child of a round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from mshared.live import LiveAttachment
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.protocol import ANCHOR_PAGES
 
+MOST_MARKS: Final = ANCHOR_PAGES - 2
+"""Pages of an anchor that are marked to ask for one process, more than in any round. One less than there are after the
+first: all of them are what an anchor without marks shows."""
 _FIRST_LOOK: Final = 0.005
 _WIDE_LOOK: Final = 0.5
 _LAST_LOOK: Final = 8.0
@@ -69,7 +72,7 @@ class Forks:
     def look_among(self, pids: Iterable[int]) -> None:
         """Look once among certain processes."""
         children = list(self._children)
-        marked: dict[tuple[Address, int], LiveAttachment] = {}
+        marked: dict[tuple[Address, int], LiveAttachment] = {}  # By anchor, and pages marked.
         try:
             for child in children:
                 _mark(child, marked)
@@ -77,8 +80,7 @@ class Forks:
             for pid in pids:
                 if all((pid, child.anchor) in known for child in children):
                     continue
-                sizes = processes.mapping_sizes(pid, {anchor for anchor, _ in marked})
-                for key in sizes.items():
+                for key in marks_of(pid, {anchor for anchor, _ in marked}).items():
                     if key in marked:
                         self._identified(marked.pop(key), pid)
         finally:
@@ -97,13 +99,12 @@ def process_of(child: LiveAttachment, tid: int) -> int | None:
     The id alone proves nothing: it is that of the thread's own pid namespace, where another process may be meant by it
     than here. So whoever it may be has to show the mark.
     """
-    length = (ANCHOR_PAGES - 1) * PAGE_SIZE
     candidates = [processes.process_of_thread(tid)]
     try:
-        child.uffd.mark(_marks(child, ANCHOR_PAGES - 2))
+        child.uffd.mark(_marks(child, MOST_MARKS))
         for pids in (candidates, processes.children_of(child.parent_pid or 0), processes.all_pids()):
             for pid in pids:
-                if pid and processes.mapping_sizes(pid, {child.anchor}).get(child.anchor) == length:
+                if pid and marks_of(pid, {child.anchor}).get(child.anchor) == MOST_MARKS:
                     return pid
     except OSError:
         pass
@@ -111,6 +112,20 @@ def process_of(child: LiveAttachment, tid: int) -> int | None:
         with contextlib.suppress(OSError):
             child.uffd.unmark(_marks(child, ANCHOR_PAGES - 1))
     return None
+
+
+def marks_of(pid: int, anchors: set[Address]) -> dict[Address, int]:
+    """How many pages of each anchor are marked in a process, after the first one; none are where it is not there.
+
+    What is marked is one mapping with the first page, or one of its own where the kernel does not join them: a page
+    that came by userfaultfd in an anchor, before its process forked, keeps the mappings of the child apart.
+    """
+    sizes = processes.mapping_sizes(pid, anchors | {Address(anchor + PAGE_SIZE) for anchor in anchors})
+    found: dict[Address, int] = {}
+    for anchor, first in ((anchor, sizes.get(anchor, 0)) for anchor in anchors):
+        apart = sizes.get(Address(anchor + PAGE_SIZE), 0) if first else 0
+        found[anchor] = (first - PAGE_SIZE if first > PAGE_SIZE else apart) // PAGE_SIZE
+    return found
 
 
 def _marks(child: LiveAttachment, count: int) -> AddrRange:
@@ -121,7 +136,7 @@ def _marks(child: LiveAttachment, count: int) -> AddrRange:
 def _mark(child: LiveAttachment, marked: dict[tuple[Address, int], LiveAttachment]) -> None:
     """Mark a child by a length that no other with an anchor at the same address has; note it in ``marked``."""
     count = 1 + sum(anchor == child.anchor for anchor, _ in marked)
-    if count < ANCHOR_PAGES:
+    if count < MOST_MARKS:
         with contextlib.suppress(OSError):  # Gone, which the sweeper sees.
             child.uffd.mark(_marks(child, count))
-            marked[child.anchor, (count + 1) * PAGE_SIZE] = child
+            marked[child.anchor, count] = child

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from mshared import libc, processes
+from mshared.forks import MOST_MARKS, marks_of
 from mshared.live import LiveAttachment
 from mshared.uffd import Uffd, is_userfaultfd
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
-from msharefs.protocol import ANCHOR_PAGES
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ _SYS_PIDFD_GETFD: Final = 438
 _PATIENCE: Final = 1.0
 _LOOK_INTERVAL: Final = 0.002
 """Seconds for a child to be there once all is read, and between two looks for it."""
-_MARK: Final = ANCHOR_PAGES - 2
-"""Pages of an anchor to mark, after the first: ``mshared.forks`` marks fewer."""
 
 
 def has_anchor(uffd: Uffd, anchor: AddrRange) -> bool:
@@ -117,10 +115,13 @@ def _identified(uffd: Uffd, known: dict[Address, list[LiveAttachment]]) -> Itera
 
 
 def _is_registered(uffd: Uffd, page: AddrRange) -> bool:
-    """Whether a page of its address space is registered with any userfaultfd: only there zeros can be put."""
+    """Whether a page of its address space is registered with any userfaultfd: only there zeros can be put.
+
+    While a process is being forked itself the kernel does not say; it has to be seen to, for its fork to end.
+    """
     try:
         uffd.zero(page, protected=False)
-    except FileExistsError:
+    except (FileExistsError, BlockingIOError):
         return True
     except OSError:
         return False
@@ -128,13 +129,13 @@ def _is_registered(uffd: Uffd, page: AddrRange) -> bool:
 
 
 def _process_of(uffd: Uffd, anchor: Address) -> int | None:
-    """The process of a userfaultfd with that anchor: as long as it is marked its mapping there has another length."""
-    marks = AddrRange.sized(anchor + PAGE_SIZE, _MARK * PAGE_SIZE)
+    """The process of a userfaultfd with that anchor, which is marked meanwhile."""
+    marks = AddrRange.sized(anchor + PAGE_SIZE, MOST_MARKS * PAGE_SIZE)
     if not has_anchor(uffd, marks):
         return None
     try:
         for pid in processes.all_pids():
-            if processes.mapping_sizes(pid, {anchor}).get(anchor) == (_MARK + 1) * PAGE_SIZE:
+            if marks_of(pid, {anchor})[anchor] == MOST_MARKS:
                 return pid
     finally:
         with contextlib.suppress(OSError):

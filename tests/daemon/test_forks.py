@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from mshared import processes
-from mshared.forks import _LAST_LOOK, Forks
+from mshared.forks import _LAST_LOOK, MOST_MARKS, Forks
 from msharefs.addr import PAGE_SIZE, Address, AddrRange
 from msharefs.protocol import ANCHOR_PAGES
 
@@ -235,7 +235,7 @@ def test_more_children_than_marks_are_found_in_several_rounds(
     for pid in pids:
         forks.add(machine.fork(pid))
     forks.look()
-    assert len(found) == ANCHOR_PAGES - 1
+    assert len(found) == MOST_MARKS - 1
     forks.look()
     assert found == {pid: pid for pid in pids}
 

@@ -30,6 +30,13 @@ def daemon(start_daemon: Callable[..., Daemon]) -> Daemon:
     return start_daemon()
 
 
+DIES_OF_A_FORK = """
+from mshared.lifetimes import Lifetimes
+if "CALM" not in os.environ:
+    Lifetimes.inherit = lambda self, parent, fd: os.kill(os.getpid(), 9)
+"""
+
+
 def killed(daemon: Daemon) -> None:
     daemon.kill()
     daemon.restart()
@@ -119,6 +126,31 @@ class TestAtRest:
         one.do("ours.send(b'.')")
         assert one.ask("os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])") == 13
         assert one.ask("r.stat().attached") == 2
+
+    @pytest.mark.parametrize("forks", ["at once", "later"])
+    def test_children_that_were_not_written_down_can_fork(
+        self, start_daemon: Callable[..., Daemon], client: Callable[..., Client], name: str, forks: str
+    ) -> None:
+        """The daemon has read of the child, and dies at once: the next one finds it, and its children, by itself.
+
+        The child may be in fork(2) by then, too.
+        """
+        daemon = start_daemon(prelude=DIES_OF_A_FORK)
+        one, go = client(daemon), "ours.send(b'.')"
+        one.do(f"{CONSTANTS}\nr = mshare.mshare({name!r}, None, 4 * MIB, CREATE); r.munmap(2 * MIB, MIB)")
+        one.do(f"ours, theirs = socket.socketpair(); {go if forks == 'at once' else ''}")
+        one.send(
+            do="""
+child = os.fork()
+if not child:
+    theirs.recv(1)
+    os._exit(10 + r.stat().attached if [fork('r.buf[2 * MIB]') for _ in range(2)] == [-7, -7] else 1)
+"""
+        )
+        daemon.restart(CALM="1")
+        one.receive()
+        one.do(go)
+        assert one.ask("os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])") == 12
 
     def test_numbers_are_not_given_twice(self, daemon: Daemon, two: tuple[Client, Client], name: str) -> None:
         number = (daemon.mount / name).stat().st_ino
