@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import re
@@ -24,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from mshared import keeper
+
+TESTS = Path(__file__).parent
 
 PATIENCE = 20.0
 """Seconds after which a process of a test that has not answered is taken to hang."""
@@ -103,11 +107,20 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, a file is one's, and so are all tests that use the pool."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("pool" if item.get_closest_marker("pool") else str(item.path)))
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Where several processes share the tests, a file is one's, and so are all files whose tests use the pool."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _scope_of(nodeid.partition("::")[0])
+
+
+@functools.cache
+def _scope_of(file: str) -> str:
+    return "pool" if "pytest.mark.pool" in (TESTS.parent / file).read_text() else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 class ClientError(Exception):

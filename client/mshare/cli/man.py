@@ -16,6 +16,7 @@ EXIT_STATUS: Final = (
     (0, "It is done."),
     (1, "It failed; standard error says why, in one line, and what to do."),
     (2, "Wrong usage: nothing was tried."),
+    (143, "top and trace: ended by SIGTERM, and all that was to be written is. Ctrl-C ends them with 0."),
 )
 _VARIABLES: Final = (
     (ENVIRONMENT, "The mount to use where --mount does not say."),
