@@ -86,8 +86,7 @@ class TestMemory:
         self, c: Client, attempt: str, eventually: Callable[..., None]
     ) -> None:
         """It would take memory that no limit counts."""
-        c.ask(attempt)
-        assert c.ask("os.fstat(fd).st_size") > 4 * MIB
+        c.ask(attempt)  # Succeeds; it may be cut off before anybody looks.
         eventually(lambda: c.ask("os.fstat(fd).st_size") == 4 * MIB)
         # The kernel sets the size of a file first, and lets its pages go one by one after that.
         eventually(lambda: c.ask("os.fstat(fd).st_blocks * 512") == 2 * MIB)
