@@ -1,7 +1,7 @@
 """Having an address space follow although it is being forked: until fork(2) has come to its end the kernel refuses.
 
-The end takes as long as the forking process waits for its events to be read, and for a processor: on a busy machine, or
-under a small quota of processor time, that can be half a second.
+The end takes as long as the forking process waits for its events to be read, and for a processor: on a busy machine
+that is thousands of tries, each of them a few microseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mshared.uffd import Outcome, attempt
 log = logging.getLogger(__name__)
 
 PATIENCE: Final = 5.0
-"""Seconds until a process is given up: it has userfaultfds of its own, and does not read what they report."""
+"""Seconds until a process is given up: it has userfaultfds of its own that nobody reads, or gets no processor."""
 
 
 def insist(attachment: LiveAttachment, ioctl: Callable[[], None], read_events: Callable[[], None]) -> Outcome:
@@ -42,7 +42,8 @@ def insist(attachment: LiveAttachment, ioctl: Callable[[], None], read_events: C
 
 def _give_up(attachment: LiveAttachment) -> Outcome:
     pid = attachment.model.pid
-    log.error("%s: its fork does not end, and a change cannot reach it; %s", attachment, "killed" if pid else "unknown")
+    done = "killed" if pid else "who it is, is not known"
+    log.error("%s: its fork does not end, and a change cannot reach it; %s", attachment, done)
     if pid is None:
         return Outcome.RETRY
     with contextlib.suppress(ProcessLookupError):
