@@ -10,7 +10,6 @@ import attrs
 
 from msharefs.addr import Address, AddrRange, round_down, round_up, united
 from msharefs.effects import Arm, Change
-from msharefs.perms import PROT_RW
 from msharefs.vma import Arming, Vma
 from msharefs.vma_set import VmaSet
 
@@ -36,9 +35,14 @@ class ArmingRule:
         if vma is None:
             return Arming.MISSING
         arming = vma.arming()
-        if self.forked and not vma.reaches_file and vma.prot & PROT_RW:
+        if self.forked is not Arming.NATIVE and not vma.reaches_file and vma.prot.touchable:
             arming |= self.forked
         return arming | Arming.MISSING if self.paging_all else arming
+
+    @property
+    def shielded(self) -> bool:
+        """Whether every store is to be seen because of forks."""
+        return int.__and__(self.forked, Arming.WP) != 0
 
     def with_forks(self, forked: Arming) -> ArmingRule:
         """The same with something else to be seen because of forks."""
@@ -46,6 +50,8 @@ class ArmingRule:
 
     def granules(self, ar: AddrRange) -> AddrRange:
         """The granules that ``ar`` has a part in, as far as they lie in the region."""
+        if not (ar.start | ar.end) & (self.granule - 1) and self.bounds.covers(ar):
+            return ar
         start, end = round_down(ar.start, self.granule), round_up(ar.end, self.granule)
         return AddrRange(max(Address(start), self.bounds.start), min(Address(end), self.bounds.end))
 

@@ -27,7 +27,7 @@ def shield(mm: HostMm) -> list[Change]:
     Where that was so already, only what may be stored to since is protected again: cost follows that, not the region.
     """
     effects: list[Change] = []
-    if not mm.rule.forked & Arming.WP:
+    if not mm.rule.shielded:
         before = mm.rule.over(mm.vmas, mm.ar)
         mm.rule = mm.rule.with_forks(mm.rule.forked | Arming.WP)
         effects = mm.rule.rearm(mm.vmas, mm.ar, before, [])
@@ -44,7 +44,7 @@ def _stores(mm: HostMm, parts: Iterable[AddrRange]) -> Iterator[AddrRange]:
     """Where in some parts somebody may store to what is no file's."""
     for part in parts:
         for vma in mm.vmas.overlapping(part):
-            if vma.prot & Prot.WRITE and not vma.reaches_file:
+            if vma.prot.storable and not vma.reaches_file:
                 yield vma.clipped(part).ar
 
 

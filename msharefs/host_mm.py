@@ -155,15 +155,15 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             check_store(vma.source, prot)
         before = self.rule.around(self.vmas, ar)
-        moves = [*self.write_back(ar), *self._protect(ar)] if not prot & Prot.WRITE else []
-        if not prot & PROT_RW:
+        moves = [] if prot.storable else [*self.write_back(ar), *self._protect(ar)]
+        if not prot.touchable:
             moves += clean_pages.drop(self, ar)
         for vma in self.vmas.remove(ar):
             moves += moves_of_contents(vma, prot)
-            self.vmas.insert(attrs.evolve(vma, prot=prot))
+            self.vmas.insert(vma.protected(prot))
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
-        return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot & PROT_RW else Arming.WP)
+        return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot.touchable else Arming.WP)
 
     def madvise_remove(self, ar: AddrRange) -> list[Change]:
         """Have zeros in ``ar``, or what reference pages say, and its memory back (compare mm/madvise.c:madvise_remove).
@@ -307,7 +307,7 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             if not vma.prot & PROT_RW:
                 continue
-            shielded = self.rule.forked & Arming.WP and not vma.reaches_file
+            shielded = self.rule.shielded and not vma.reaches_file
             flags = pte_flags(Prot.READ) if shielded else _clean_flags(vma)
             part = vma.clipped(ar).ar
             whole = part.inner(PMD_SIZE) if huge and self.ar.start % PMD_SIZE == 0 else None
@@ -320,7 +320,7 @@ class HostMm:
 
         To arm with WP what is armed with it already does not. Shared files have their dirty pages written back instead.
         """
-        if not self.rule.forked & Arming.WP:
+        if not self.rule.shielded:
             return []
         return [
             Protect(vma.clipped(ar).ar)
@@ -333,20 +333,22 @@ class HostMm:
 
         One that reaches a file stays protected until it is stored to, and so does one that relatives may refer to.
         """
-        if prot & Prot.WRITE:
-            for vma in filter(lambda vma: not vma.tracks_stores, self.vmas.overlapping(ar)):
-                for run in self._native_stores(vma.clipped(ar).ar):
+        if prot.storable:
+            for vma in self.vmas.overlapping(ar):
+                for run in () if vma.tracks_stores else self._native_stores(vma.clipped(ar)):
                     self.table.change_flags(run, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
-        elif prot & Prot.READ:
+        elif prot.touchable:
             self.table.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         else:
             self.table.clear_range(ar)
 
-    def _native_stores(self, ar: AddrRange) -> list[AddrRange]:
+    def _native_stores(self, vma: Vma) -> list[AddrRange]:
         """Where in a mapping that may be written stores go unseen, as far as forks are concerned."""
-        if self.rule.forked & Arming.WP:
+        if self.rule.shielded:
             return []
-        runs = self.table.runs(ar)
+        if not self.borrowed and vma.refpage is None:
+            return [vma.ar]
+        runs = self.table.runs(vma.ar)
         return [run for run, pte in runs if store_of(pte.frame) == self.store and not pte.flags & PteFlag.CLEAN]
 
     def _place(self, ar: AddrRange | None, size: int, *, fixed: bool, replace: bool, align: int) -> AddrRange:

@@ -77,7 +77,7 @@ def _check_claims(lineage: Lineage, mm: HostMm) -> None:
 
 def _check_owner(owner: HostMm, run: AddrRange, other: HostMm) -> None:
     """What ``other`` refers to, ``owner`` has, protected."""
-    if not owner.rule.forked & Arming.WP:
+    if not owner.rule.shielded:
         raise InternalError(f"store {other.store} refers to pages {run} of store {owner.store}, which is not shielded")
     for page in run.pieces(owner.page):
         if owner.table.frame_at(page.start) != owner.frame_at(page.start):

@@ -28,6 +28,7 @@ from msharefs.pte import FRAMES_IN_PMD, HUGE, NO_FLAGS, PRESENT, Pte, PteFlag
 from msharefs.tables import (
     Directory,
     Leaf,
+    change_leaves,
     counted,
     drop,
     entry_index,
@@ -359,11 +360,16 @@ class PageTable:
 
     def _change(self, table: Directory, ar: AddrRange, add: PteFlag, less: PteFlag) -> None:
         """Set and clear flags of the pages in ``ar`` below ``table``, which is shared with nobody."""
+        whole = ar.inner(PMD_SIZE) if table.level == 1 else None
+        if whole is not None:
+            first = entry_index(whole.start, 1)
+            leaf_tables = change_leaves(table, first, first + whole.size // PMD_SIZE, int(add), int(less))
+            if not leaf_tables and whole == ar:
+                return
         for piece in pieces(table, ar):
             index = entry_index(piece.start, table.level)
             below = table.entries[index]
             if isinstance(below, int) and piece.size == PMD_SIZE:
-                table.entries[index] = (below | int(add)) & ~int(less)
                 continue
             if not isinstance(below, int) and below.refs > 1 and _protects(add, less):
                 continue

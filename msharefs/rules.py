@@ -10,13 +10,15 @@ from msharefs.errors import AccessDeniedError, InvalidArgumentError, OffsetTooLa
 from msharefs.perms import PROT_RW, Prot
 from msharefs.vma import FileSource, Source, Vma
 
+_KNOWN: Final = int(PROT_RW | Prot.EXEC)
+
 MAX_FILE_SIZE: Final = (1 << 63) - PAGE_SIZE
 """Where files end at the latest, in whole pages (compare MAX_LFS_FILESIZE)."""
 
 
 def check_store(source: Source | None, prot: Prot) -> None:
     """A store to a shared mapping must be able to reach the file."""
-    if isinstance(source, FileSource) and source.shared and prot & Prot.WRITE and not source.writable:
+    if isinstance(source, FileSource) and source.shared and prot.storable and not source.writable:
         raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
 
 
@@ -28,9 +30,9 @@ def check_end(source: Source | None, size: int) -> None:
 
 def check_prot(prot: Prot) -> None:
     """Regions are data, and protections are known."""
-    if int(prot) & ~int(PROT_RW | Prot.EXEC):
+    if int(prot) & ~_KNOWN:
         raise InvalidArgumentError(f"protection {int(prot):#x} has unknown bits")
-    if prot & Prot.EXEC:
+    if prot.executable:
         raise AccessDeniedError("PROT_EXEC: memory of a region cannot be executed; leave the flag out")
 
 
@@ -50,7 +52,7 @@ def moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
 
     What nobody may touch waits in the stash; of a shared file, in the file.
     """
-    hides, shows = not prot & PROT_RW, not vma.prot & PROT_RW
+    hides, shows = not prot.touchable, not vma.prot.touchable
     if hides == shows:
         return []
     if vma.reaches_file:

@@ -188,6 +188,21 @@ def pieces(table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
             yield piece
 
 
+def change_leaves(pmd: Directory, first: int, last: int, add: int, less: int) -> list[int]:
+    """Set and clear bits of the 2 MiB leaves among some entries of a table of level 1; which entries are leaf tables.
+
+    Preconditions: it is shared with nobody.
+    """
+    entries, found = pmd.entries, []
+    for index in range(first, last):
+        below = entries.get(index)
+        if below.__class__ is int:
+            entries[index] = (below | add) & ~less
+        elif below is not None:
+            found.append(index)
+    return found
+
+
 def present(table: Directory, ar: AddrRange) -> Iterator[AddrRange]:
     """Where something is installed in ``ar`` below ``table``, in order; full tables are not looked into."""
     if is_full_of_leaves(table):

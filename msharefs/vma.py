@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import functools
 from typing import NewType
 
 import attrs
 
 from msharefs.addr import Address, AddrRange
-from msharefs.perms import PROT_RW, Access, Advice, Prot
+from msharefs.perms import PROT_RW, Advice, Prot
 from msharefs.refpage import RefPage
 
 FileId = NewType("FileId", int)
@@ -78,7 +79,7 @@ class Vma:
 
     @reports_stores.default
     def _reports_stores(self) -> bool:
-        return self.tracks_stores or not Access.WRITE.allowed_by(self.prot)
+        return self.tracks_stores or not self.prot.storable
 
     @property
     def file(self) -> FileSource | None:
@@ -101,8 +102,14 @@ class Vma:
 
     def clipped(self, ar: AddrRange) -> Vma:
         """This VMA, cut to ``ar``. Preconditions: the two overlap."""
+        if ar.start <= self.ar.start and self.ar.end <= ar.end:
+            return self
         start, end = max(self.ar.start, ar.start), min(self.ar.end, ar.end)
         return attrs.evolve(self, ar=AddrRange(start, end), source=self.source_at(start))
+
+    def protected(self, prot: Prot) -> Vma:
+        """The same with another protection."""
+        return Vma(self.ar, prot, self.source, self.advice, self.count)
 
     def split(self, addr: Address) -> tuple[Vma, Vma]:
         """The parts below and from ``addr`` (compare mm/vma.c:split_vma). Preconditions: strictly inside."""
@@ -137,7 +144,12 @@ class Vma:
         Read-write memory needs none. Of a file, or a reference page, it fills each page; of a shared file it must know
         which were stored to, and of a reference page which were not.
         """
-        if not self.prot & PROT_RW:
+        if not self.prot.touchable:
             return Arming.MISSING
-        protected = Arming.WP if self.reports_stores else Arming.WP_CLEAN if self.refpage else Arming.NATIVE
-        return protected | (Arming.MISSING if self.source else Arming.NATIVE)
+        return _arming(self.reports_stores, self.source is not None, isinstance(self.source, RefPage))
+
+
+@functools.cache
+def _arming(reports_stores: bool, shows: bool, refpage: bool) -> Arming:  # noqa: FBT001 - the key of a cache
+    protected = Arming.WP if reports_stores else Arming.WP_CLEAN if refpage else Arming.NATIVE
+    return protected | (Arming.MISSING if shows else Arming.NATIVE)

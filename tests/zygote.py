@@ -11,7 +11,7 @@ import signal
 import sys
 from importlib import import_module
 
-LIBRARIES = ("attrs", "cattrs", "cattrs.preconf.json", "click", "pyfuse3", "sortedcontainers", "trio")
+LIBRARIES = ("attrs", "cattrs", "cattrs.preconf.json", "click", "pyfuse3", "trio")
 """What takes long to load, and looks at no environment."""
 
 

@@ -224,7 +224,7 @@ class Snapshots:
         """Have every store to a region seen, and to its relatives, which may come to hold what others refer to."""
         for region in list(origin.family.regions.values()):
             mm = region.model.mm
-            if region is origin or not mm.rule.forked & Arming.WP:
+            if region is origin or not mm.rule.shielded:
                 written = mm.write_back(mm.ar) if region is origin and region.files else []
                 effects = [*written, *forking.shield(mm)]
                 if effects:

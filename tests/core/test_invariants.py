@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import attrs
@@ -45,7 +46,9 @@ def good_mm() -> HostMm:
 
 def put_vma(mm: HostMm, vma: Vma) -> None:
     """Enter a VMA as it is, past every check."""
-    mm.vmas._by_start[vma.ar.start] = vma
+    starts = mm.vmas._starts
+    at = bisect_left(starts, vma.ar.start)
+    mm.vmas._replace(slice(at, at + (starts[at : at + 1] == [vma.ar.start])), [vma])
 
 
 def vma_within_a_page(mm: HostMm) -> None:
