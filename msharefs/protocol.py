@@ -85,7 +85,7 @@ ANCHOR_PAGES: Final = 1024
 """Pages of address space, not of memory, that a client sets aside beside each window."""
 _ROOM_FOR_THE_REST: Final = 256  # Bytes of a packet beside the items of a list.
 HEADER: Final = struct.Struct("<4sHH")
-_OFTEN: Final = 64  # Bytes of packets that are decoded once when they come again.
+_OFTEN: Final = 128  # Bytes of packets that are decoded once when they come again.
 _SHORT: Final = 200  # Letters of somebody else's nonsense that an answer repeats.
 
 _OPS: Final[dict[str, type[Any]]] = {
@@ -176,8 +176,18 @@ _to_json: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 def encode(message: Message, descriptors: int = 0) -> bytes:
     """The packet for ``message``, to be sent with that many descriptors."""
+    if message.__class__ is Done and not descriptors:
+        return _DONE
+    return _encode(message, descriptors)
+
+
+def _encode(message: Message, descriptors: int) -> bytes:
     body = {"op": _NAMES[type(message)], **_converter.unstructure(message)}
     return HEADER.pack(MAGIC, VERSION, descriptors) + _to_json(body).encode()
+
+
+_DONE: Final = _encode(Done(), 0)
+"""What most requests are answered, of which there may be thousands a second."""
 
 
 def fitting(items: Sequence[RegionName | Vma | Refusal | TraceEvent]) -> int:

@@ -34,7 +34,7 @@ from msharefs.errors import (
     NoMemoryError,
     NotSupportedError,
 )
-from msharefs.perms import MAP_REFPAGE, PROT_RW, Advice, MapFlag, Prot
+from msharefs.perms import MAP_REFPAGE, Advice, MapFlag, Prot
 from msharefs.refpage import RefPage
 from msharefs.region import BackingKind
 from msharefs.vma import FileSource, Source
@@ -42,6 +42,7 @@ from msharefs.vma import FileSource, Source
 log = logging.getLogger(__name__)
 
 _KNOWN_FLAGS = MapFlag(sum(MapFlag))
+_KNOWN_PROT: Final = sum(Prot)
 _AT_ONCE: Final = 8 * PMD_SIZE
 """Bytes of huge pages that are zeroed before others have their turn: some milliseconds."""
 _PRIVATE = MapFlag.PRIVATE | MapFlag.ANONYMOUS
@@ -172,13 +173,16 @@ class Changes:
         prot = checked_prot(request.prot)
         _check_writer(live)
         live.region.model.mm.check_mapped(ar)
-        if prot & PROT_RW:
+        if prot.touchable:
             live.region.reserve(ar, hidden=True)
         else:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
-        hidden = not prot & PROT_RW
         self._change(
-            live, ar, lambda: live.region.model.mm.mprotect(ar, prot), lambda: (ar, protocol.Done()), cleared=hidden
+            live,
+            ar,
+            lambda: live.region.model.mm.mprotect(ar, prot),
+            lambda: (ar, protocol.Done()),
+            cleared=not prot.touchable,
         )
         await refill(live.region, ar, self._read_events)
 
@@ -293,7 +297,7 @@ def _check_replaceable(region: LiveRegion, ar: AddrRange) -> None:
 
 def checked_prot(number: int) -> Prot:
     """A protection from the wire; the model refuses PROT_EXEC. Raises InvalidArgumentError for other bits."""
-    if number & ~int(Prot.READ | Prot.WRITE | Prot.EXEC):
+    if number & ~_KNOWN_PROT:
         raise InvalidArgumentError(f"protection {number:#x} has unknown bits")
     return Prot(number)
 

@@ -170,7 +170,8 @@ class _Connection:
         """One request, one reply."""
         packet, fds = await self._receive()
         if self._greeted:
-            self._asked = attrs.evolve(self._asked, number=self._asked.number + 1)
+            last = self._asked
+            self._asked = Asked(last.session, last.pid, last.started, last.number + 1)
             asked.set(self._asked)
         try:
             reply = await self._guarded(answer, packet, fds)

@@ -334,7 +334,7 @@ class LiveRegion:
         ``hidden``: only for what nobody may touch.
         """
         for vma in self.model.mm.vmas.overlapping(ar):
-            if hidden and vma.prot & PROT_RW:
+            if hidden and vma.prot.touchable:
                 continue
             self.backing.reserve(vma.clipped(ar).ar.moved(-self.model.ar.start))
 

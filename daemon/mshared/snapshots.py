@@ -29,7 +29,6 @@ from msharefs.errors import NoMemoryError, NotFoundError
 from msharefs.namespace import Namespace
 from msharefs.perms import PROT_RW, Credentials
 from msharefs.region import BackingKind
-from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
 

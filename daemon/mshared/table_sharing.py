@@ -16,7 +16,7 @@ _STORES_SEEN: Final = Arming.WP | Arming.WP_CLEAN
 
 def note_arming(region: LiveRegion, effect: Arm) -> None:
     """Tables of memory that is write-protected in one process are its own from then on (hugetlb_unshare_pmds)."""
-    if not effect.arming & _STORES_SEEN or region.backing.kind is not BackingKind.HUGETLB:
+    if region.backing.kind is not BackingKind.HUGETLB or not effect.arming & _STORES_SEEN:
         return
     if region.model.unshared is None:
         why = f"stores to {effect.ar} have to be seen (read-only memory, a shared file, or a reference page)"

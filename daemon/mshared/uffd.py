@@ -7,6 +7,7 @@ import ctypes
 import enum
 import errno
 import fcntl
+import functools
 import logging
 import math
 import mmap
@@ -50,6 +51,8 @@ _ZEROS: Final = ctypes.addressof(ctypes.c_char.from_buffer(_zeros))
 
 _WP: Final = int(Arming.WP)
 _WP_CLEAN: Final = int(Arming.WP_CLEAN)
+_FEW: Final = 16
+"""Ranges that are armed in as many windows as there are."""
 
 
 class Outcome(enum.Enum):
@@ -121,18 +124,14 @@ class Uffd:
 
         A range that was armed with MISSING too goes on reporting that, which does no harm.
         """
-        bits = int(arming)  # Arithmetic on an enum's flags takes as long as a system call, and windows are many.
-        if not bits:
-            self.unmark(ar)
-            self.wake(ar)
-            return
-        self._register(ar, bits)
-        if bits & _WP:
-            self.write_protect(ar)
-        elif not bits & _WP_CLEAN:
-            # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
-            with contextlib.suppress(FileNotFoundError):
-                self.write_protect(ar, protect=False)
+        first, then, may_fail = _orders(ar, int(arming))
+        fcntl.ioctl(self.fd, *first)
+        if then is not None:
+            try:
+                fcntl.ioctl(self.fd, *then)
+            except FileNotFoundError:
+                if not may_fail:
+                    raise
 
     def mark(self, ar: AddrRange) -> None:
         """Register memory that nobody touches; neighbours registered alike then show as one mapping."""
@@ -156,14 +155,11 @@ class Uffd:
                 taker.write_protect(ar)
 
     def _register(self, ar: AddrRange, bits: int) -> None:
-        """``bits`` of Arming or of Mode, which agree where both have a name."""
-        mode = bits & ~_WP_CLEAN | _WP if bits & _WP_CLEAN else bits
-        _ioctl(self.fd, abi.UFFDIO_REGISTER, abi.REGISTER_STRUCT.pack(ar.start, ar.size, mode, 0))
+        fcntl.ioctl(self.fd, *_registering(ar, bits))
 
     def write_protect(self, ar: AddrRange, *, protect: bool = True) -> None:
         """UFFDIO_WRITEPROTECT: the next store to each page is reported, or no longer (which wakes who waits)."""
-        mode = abi.WRITEPROTECT_MODE_WP if protect else 0
-        _ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
+        fcntl.ioctl(self.fd, *_protecting(ar, protect=protect))
 
     def zero(self, ar: AddrRange, *, protected: bool) -> None:
         """Fill one page, small or huge, with zeros and wake who waits for it; ``protected`` keeps it write-protected.
@@ -273,9 +269,39 @@ def _tell_of_waiting_fork() -> None:
         log.warning("a client waits in fork(), for which no descriptor is left; raise LimitNOFILE, ulimit -n")
 
 
+Order = tuple[int, bytearray]
+"""An ioctl and its request: from what may be changed, Python takes it without a detour. Its answer does not matter."""
+
+
 def _ioctl(fd: int, number: int, request: bytes) -> None:
-    """Run an ioctl whose answer does not matter: from what may be changed, Python takes it without a detour."""
+    """Run an ioctl whose answer does not matter."""
     fcntl.ioctl(fd, number, bytearray(request))
+
+
+@functools.lru_cache(maxsize=_FEW)
+def _orders(ar: AddrRange, bits: int) -> tuple[Order, Order | None, bool]:
+    """What arms ``ar`` like that, and whether the second of it may find nothing: made once for all windows."""
+    if not bits:
+        request = abi.RANGE_STRUCT.pack(ar.start, ar.size)
+        return (abi.UFFDIO_UNREGISTER, bytearray(request)), (abi.UFFDIO_WAKE, bytearray(request)), False
+    register = _registering(ar, bits)
+    if bits & _WP:
+        return register, _protecting(ar, protect=True), False
+    if bits & _WP_CLEAN:
+        return register, None, False
+    # The kernel leaves a range registered for more than asked; what is protected there must not stay so.
+    return register, _protecting(ar, protect=False), True
+
+
+def _registering(ar: AddrRange, bits: int) -> Order:
+    """``bits`` of Arming or of Mode, which agree where both have a name."""
+    mode = bits & ~_WP_CLEAN | _WP if bits & _WP_CLEAN else bits
+    return abi.UFFDIO_REGISTER, bytearray(abi.REGISTER_STRUCT.pack(ar.start, ar.size, mode, 0))
+
+
+def _protecting(ar: AddrRange, *, protect: bool) -> Order:
+    mode = abi.WRITEPROTECT_MODE_WP if protect else 0
+    return abi.UFFDIO_WRITEPROTECT, bytearray(abi.WRITEPROTECT_STRUCT.pack(ar.start, ar.size, mode))
 
 
 def address_of(data: bytes) -> int:
