@@ -123,7 +123,7 @@ def new_name() -> str:
 
 def kinds_of(serving: Serving) -> tuple[Kind, ...]:
     """The kinds of memory that can be compared: thp is there for root's daemon only, hugetlb where it has a pool."""
-    missing = {Kind.THP: serving.backing != Kind.THP, Kind.HUGETLB: not serving.hugetlb}
+    missing = {Kind.THP: serving.backing != Kind.THP, Kind.HUGETLB: not serving.hugetlb, Kind.BARE: True}
     return tuple(kind for kind in Kind if not missing.get(kind, False))
 
 

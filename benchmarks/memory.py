@@ -19,6 +19,8 @@ from typing import Final
 import attrs
 
 import mshare
+from benchmarks.work import bare
+from mshare.discovery import find_mount
 
 PAGE: Final = 4096
 _PIECE: Final = 8192 * PAGE
@@ -32,6 +34,7 @@ class Kind(enum.StrEnum):
     SMALL = "4k"
     SHM = "shm"
     MEMFD = "memfd"
+    BARE = "bare"
 
     @property
     def label(self) -> str:
@@ -42,6 +45,7 @@ class Kind(enum.StrEnum):
             Kind.SMALL: "msharefs, 4k",
             Kind.SHM: "multiprocessing.shared_memory",
             Kind.MEMFD: "memfd + mmap",
+            Kind.BARE: "the system calls alone, thp",
         }[self]
 
     @property
@@ -52,13 +56,17 @@ class Kind(enum.StrEnum):
 
 @attrs.frozen
 class Memory:
-    """Memory mapped into this process. ``handle`` is what another process attaches to it by; ``region`` if ours."""
+    """Memory mapped into this process. ``handle`` is what another process attaches to it by; ``region`` if ours.
+
+    ``change`` gives all of it another protection, in every process, where there is such a call.
+    """
 
     view: memoryview
     handle: str
     detach: Callable[[], None]
     remove: Callable[[], None]
     region: mshare.Region | None = None
+    change: Callable[[int], None] | None = None
 
     @property
     def address(self) -> int:
@@ -71,6 +79,10 @@ def create(kind: Kind, name: str, size: int) -> Memory:
     if kind.is_region:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
         return of_region(mshare.mshare(name, None, size, flags, backing=kind.value))
+    if kind is Kind.BARE:
+        file = find_mount().parent / "state" / Kind.THP.value / name
+        end = bare.serve(file, size)
+        return _of_window(bare.attach(str(file)), end)
     if kind is Kind.SHM:
         return _of_shm(SharedMemory(name, create=True, size=size))
     fd = os.memfd_create(name)
@@ -82,6 +94,8 @@ def attach(kind: Kind, handle: str) -> Memory:
     """The memory that another process has created."""
     if kind.is_region:
         return of_region(mshare.mshare(handle, None, 0, os.O_RDWR))
+    if kind is Kind.BARE:
+        return _of_window(bare.attach(handle))
     if kind is Kind.SHM:
         return _of_shm(SharedMemory(handle))
     return _of_file(os.open(handle, os.O_RDWR | os.O_CLOEXEC), handle)
@@ -142,7 +156,19 @@ def _ignore(name: Sized, rtype: str) -> None:
 
 def of_region(region: mshare.Region) -> Memory:
     """The memory of a region that is attached."""
-    return Memory(region.buf, region.name, region.detach, lambda: mshare.remove(region.name), region)
+    size = region.size
+    return Memory(
+        region.buf,
+        region.name,
+        region.detach,
+        lambda: mshare.remove(region.name),
+        region,
+        lambda prot: region.mprotect(0, size, prot),
+    )
+
+
+def _of_window(window: bare.Window, remove: Callable[[], None] = lambda: None) -> Memory:
+    return Memory(window.view, window.handle, window.detach, remove, change=window.change)
 
 
 def _of_shm(block: SharedMemory) -> Memory:

@@ -73,7 +73,8 @@ def run(bench: Bench, plan: Plan) -> None:
         found = kinds_of(daemon)
         region = Kind.THP if Kind.THP in found else Kind.SMALL
         for size in plan.sizes:
-            for kind, by_message in ((region, False), (region, True), (Kind.SHM, True)):
+            bare = [(Kind.BARE, False)] if region is Kind.THP else []
+            for kind, by_message in ((region, False), *bare, (region, True), (Kind.SHM, True)):
                 _measure(bench, daemon, Variant(kind, size, by_message), plan)
         if Kind.HUGETLB in found:
             for by_message in (False, True):
@@ -135,8 +136,9 @@ GROUP: Final = Group(
         "it returns, it holds in all processes. The peer: the caller sends a message over a socket to each process, "
         "calls mprotect(2) itself, and waits for all replies; each process calls mprotect(2) on its own window and "
         "replies. Windows are new in each round. 'Again' is a second change of the same windows: the first has split "
-        "huge pages in their page tables. All processes are forked from one that has attached nothing; each attaches "
-        "by itself."
+        "huge pages in their page tables. 'The system calls alone' are those of a server in Python that has a "
+        "userfaultfd of each process and does nothing else: no names, no model, no journal. All processes are "
+        "forked from one that has attached nothing; each attaches by itself."
     ),
     quick=lambda: Plan((1, 10, 100), (2 * MIB, 64 * MIB), 2),
     full=lambda: Plan((1, 10, 100, 1000), (2 * MIB, 64 * MIB), 3),

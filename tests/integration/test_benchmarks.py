@@ -75,6 +75,19 @@ def test_a_group_finds_something_of_everything_it_names(name: str, tmp_path: Pat
     assert results["machine"]["kernel"] == os.uname().release
 
 
+def test_the_floor_of_a_change_is_measured_beside_it(tmp_path: Path) -> None:
+    """What the system calls alone take, by a server that ends with the benchmark, and in every place that ours is."""
+    process = start("changes", "changes.Plan((1, 3), (2 * MIB,), 1)", tmp_path)
+    _, err = process.communicate(timeout=PATIENCE)
+    (group,) = json.loads((tmp_path / "results.json").read_text())["groups"]
+    for measured in group["measured"]:
+        if "MiB, each" in measured["metric"]["name"] and "1024" not in measured["metric"]["name"]:
+            places = {row["series"]: [] for row in measured["rows"]}
+            for row in measured["rows"]:
+                places[row["series"]].append(row["at"])
+            assert places["the system calls alone, thp"] == places["msharefs, thp"] == [1, 3], err
+
+
 def test_what_is_not_measured_is_marked_as_computed(tmp_path: Path) -> None:
     """A million processes are not started: their page tables follow from those of the few that were."""
     _, err = start("growth", TINY["growth"], tmp_path).communicate(timeout=PATIENCE)

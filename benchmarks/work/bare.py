@@ -1,0 +1,129 @@
+"""What a change of protection costs at the least: a server in Python that has a userfaultfd of each process.
+
+It does nothing but the system calls that arm a window, the daemon's own: no model, no names, no journal. Whoever wants
+a change sends it a packet and waits for one. What it takes is the floor for every such server on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from mshared.uffd import DEVICE, WANTED, Uffd
+from msharefs import uffd_abi as abi
+from msharefs.addr import AddrRange
+from msharefs.vma import Arming
+
+_PR_SET_PDEATHSIG: Final = 1
+_ARMINGS: Final = {b"r": Arming.WP, b"w": Arming.NATIVE}
+_libc: Final = ctypes.CDLL(None)
+
+
+@attrs.frozen
+class Window:
+    """A shared mapping of a file in this process, whose protection the server of that file changes."""
+
+    view: memoryview
+    handle: str
+    change: Callable[[int], None]
+    detach: Callable[[], None]
+
+
+def serve(path: Path, size: int) -> Callable[[], None]:
+    """Make a file of that size, and a server for it; what ends both. Those who attach find it by the path."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{path}.socket")
+    listener.listen(1024)
+    with path.open("xb") as file:
+        file.truncate(size)
+    pid = os.fork()
+    if not pid:
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _Server(listener).run()
+        finally:
+            os._exit(1)
+    listener.close()
+
+    def end() -> None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for each in (path, Path(f"{path}.socket")):
+            each.unlink(missing_ok=True)
+
+    return end
+
+
+def attach(handle: str) -> Window:
+    """Map the file that a server has made, and let the server have a userfaultfd of this process."""
+    with Path(handle).open("rb+") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    view = memoryview(mapped)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.connect(f"{handle}.socket")
+    with Path(DEVICE).open("rb+", buffering=0) as device:
+        uffd = fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+    socket.send_fds(server, [abi.RANGE_STRUCT.pack(start, len(view))], [uffd])
+    os.close(uffd)
+    server.recv(1)
+
+    def change(prot: int) -> None:
+        server.send(b"w" if prot & mmap.PROT_WRITE else b"r")
+        server.recv(1)
+
+    def detach() -> None:
+        server.close()
+        view.release()
+        mapped.close()
+
+    return Window(view, handle, change, detach)
+
+
+class _Server:
+    """One process with one loop, as the daemon is."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._epoll = select.epoll()
+        self._clients: dict[int, socket.socket] = {}
+        self._windows: dict[int, tuple[Uffd, AddrRange]] = {}
+        self._epoll.register(listener, select.EPOLLIN)
+
+    def run(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                if fd == self._listener.fileno():
+                    client, _ = self._listener.accept()
+                    self._clients[client.fileno()] = client
+                    self._epoll.register(client, select.EPOLLIN)
+                else:
+                    self._answer(fd, self._clients[fd])
+
+    def _answer(self, fd: int, client: socket.socket) -> None:
+        packet, fds, _, _ = socket.recv_fds(client, 64, 1)
+        if packet in _ARMINGS:
+            for uffd, ar in self._windows.values():
+                uffd.arm(ar, _ARMINGS[packet])
+        elif packet:
+            uffd = Uffd(fds[0])
+            uffd.open_api(WANTED)
+            self._windows[fd] = uffd, AddrRange.sized(*abi.RANGE_STRUCT.unpack(packet))
+        else:
+            self._epoll.unregister(fd)
+            with contextlib.suppress(KeyError):
+                self._windows.pop(fd)[0].close()
+            self._clients.pop(fd).close()
+            return
+        client.send(b"x")
