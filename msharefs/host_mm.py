@@ -78,7 +78,7 @@ class HostMm:
         self.lineage = lineage or Lineage()
         self.store = self.lineage.add(self, store)
         self._first_frame = frame_in(self.store, 0)
-        self.streams = {access: Streams() for access in Access}
+        self.streams = {Access.READ: Streams(), Access.WRITE: Streams()}
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
         self.storable = Storable(ar.size // page)

@@ -66,17 +66,28 @@ class Connection:
         self._known = False
         """Whether a daemon was there before, when this process asked, or one that it was forked from."""
 
-    def call(self, request: protocol.Request, expected: type[R], fds: tuple[int, ...] = ()) -> R:
-        """Make a request whose reply brings no descriptors; the reply. Raises OSError as the daemon says."""
-        reply, received = self.exchange(request, fds)
+    def call(
+        self,
+        request: protocol.Request,
+        expected: type[R],
+        fds: tuple[int, ...] = (),
+        meanwhile: Callable[[], object] | None = None,
+    ) -> R:
+        """Make a request whose reply brings no descriptors; the reply. Raises OSError as the daemon says.
+
+        ``meanwhile`` is called while the daemon is at work; more than once, or not at all, if a daemon was restarted.
+        """
+        reply, received = self.exchange(request, fds, meanwhile)
         _close(received)
         return reply_of(reply, expected)
 
-    def exchange(self, request: protocol.Request, fds: tuple[int, ...] = ()) -> tuple[protocol.Message, list[int]]:
+    def exchange(
+        self, request: protocol.Request, fds: tuple[int, ...] = (), meanwhile: Callable[[], object] | None = None
+    ) -> tuple[protocol.Message, list[int]]:
         """Make a request; the reply and the descriptors that came, which are the caller's. Raises OSError."""
         with _postponed(), self._lock:
             try:
-                reply, received = self._exchange(request, fds)
+                reply, received = self._exchange(request, fds, meanwhile)
             except BaseException:
                 self._hang_up()  # Half a conversation: the next reply would not be ours.
                 self._session = ""  # And nobody shall take the answer for another's.
@@ -107,7 +118,9 @@ class Connection:
                 return True
         return False
 
-    def _exchange(self, request: protocol.Request, fds: tuple[int, ...]) -> tuple[protocol.Message, list[int]]:
+    def _exchange(
+        self, request: protocol.Request, fds: tuple[int, ...], meanwhile: Callable[[], object] | None
+    ) -> tuple[protocol.Message, list[int]]:
         for losses in range(_MOST_LOSSES):
             sock, answered = self._connected(waiting=losses > 0)
             try:
@@ -116,6 +129,8 @@ class Connection:
                     fds = fds.again() if isinstance(fds, Ticket) else fds
                 if not answered:
                     _send(sock, request, fds)
+                    if meanwhile is not None:
+                        meanwhile()
                 reply, received = _receive(sock)
             except RestartedError:
                 raise

@@ -25,6 +25,8 @@ from msharefs.refpage import RefPage
 
 _SERVED_ADVICE: Final = {Advice.REMOVE, Advice.NORMAL, Advice.RANDOM, Advice.SEQUENTIAL}
 """What the daemon does all about."""
+_OWNERS: Final = 0o700
+"""The permissions of a file's owner."""
 _NOT_FOR_HUGETLB: Final = {Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE, Advice.COLD, Advice.PAGEOUT}
 """What means nothing to the kernel for pages that are huge by nature: it would refuse, or split the window."""
 
@@ -168,8 +170,17 @@ class Region:
         permissions of its file. It takes write permission on the mount, and a window that may write, or being the
         region's owner. Raises OSError: EINVAL, EEXIST, EACCES, ENOSPC, EDQUOT, ENOMEM; ValueError if closed.
         """
-        request = protocol.Fork(self._own_attachment(), checked_name(name), mode & ~sc.umask())
-        self._link.call(request, protocol.Done)
+        known = checked_name(name)
+        if mode & ~_OWNERS:
+            self._link.call(protocol.Fork(self._own_attachment(), known, mode & ~sc.umask()), protocol.Done)
+            return
+        # Nobody else gets in anyhow: what the umask keeps from the owner is found out while the daemon is at work.
+        masks: list[int] = []
+        request = protocol.Fork(self._own_attachment(), known, mode)
+        self._link.call(request, protocol.Done, meanwhile=lambda: masks.append(sc.umask()))
+        mask = masks[-1] if masks else sc.umask()
+        if mode & mask:
+            (self._link.mount / known).chmod(mode & ~mask)
 
     def detach(self) -> None:
         """Unmap the window and end this reference; a second call does nothing.

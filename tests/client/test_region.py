@@ -41,7 +41,15 @@ class FakeLink:
             protocol.GetMaps: protocol.Maps((protocol.Vma(0, SIZE, 3, False, 0),)),
         }
 
-    def call(self, request: object, _expected: type, fds: tuple[int, ...] = ()) -> object:
+    def call(
+        self,
+        request: object,
+        _expected: type,
+        fds: tuple[int, ...] = (),
+        meanwhile: Callable[[], object] | None = None,
+    ) -> object:
+        if meanwhile is not None:
+            meanwhile()
         self.asked.append((request, len(fds)))
         reply = self.replies.get(type(request), protocol.Done())
         if isinstance(reply, BaseException):

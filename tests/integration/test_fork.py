@@ -353,6 +353,15 @@ class TestWhoMay:
         reader.do(f"mark(u, 2000, {SOME})")
         assert origin.ask(f"marks(r, {SOME})") == [1000] * len(SOME)
 
+    @pytest.mark.parametrize(
+        ("mask", "mode", "left"), [(0o277, 0o600, 0o400), (0o077, 0o600, 0o600), (0o777, 0o700, 0)]
+    )
+    def test_the_umask_binds_the_owner_too(
+        self, origin: Client, daemon: Daemon, name: str, mask: int, mode: int, left: int
+    ) -> None:
+        origin.do(f"os.umask({mask}); r.fork(name + '-s', {mode}); os.umask(0o022)")
+        assert (daemon.mount / f"{name}-s").stat().st_mode & 0o777 == left
+
     def test_names_that_cannot_be(self, origin: Client, daemon: Daemon) -> None:
         origin.do("r.fork(name + '-s')")
         before = sorted(daemon.mount.iterdir())
