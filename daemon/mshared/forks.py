@@ -30,10 +30,14 @@ _LAST_LOOK: Final = 8.0
 
 
 class Forks:
-    """Children whose pid is not known yet. ``found`` is called with each that is, and its pid."""
+    """Children whose pid is not known yet.
 
-    def __init__(self, found: Callable[[LiveAttachment, int], None]) -> None:
+    ``found`` is called with each that is found, and its pid; ``ended`` with each that had ended before.
+    """
+
+    def __init__(self, found: Callable[[LiveAttachment, int], None], ended: Callable[[LiveAttachment], None]) -> None:
         self._found = found
+        self._ended = ended
         self._children: list[LiveAttachment] = []
         self._news = trio.Event()
 
@@ -63,6 +67,9 @@ class Forks:
 
     def look(self, *, everywhere: bool = False) -> None:
         """Look once, among the children of their parents; ``everywhere``: also among those with another parent now."""
+        for child in [child for child in self._children if not child.uffd.is_alive()]:
+            self.discard(child)
+            self._ended(child)
         parents = {child.parent_pid for child in self._children}
         if everywhere or None in parents:
             self.look_among(processes.all_pids())

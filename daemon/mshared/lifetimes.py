@@ -74,7 +74,7 @@ class Lifetimes:
         self.gone: WeakValueDictionary[int, LiveRegion] = WeakValueDictionary()
         """Whose attachments had ended when this daemon followed another, by their numbers."""
         self._deaths = Deaths(pager, self._on_death)
-        self.forks = Forks(self._on_child_found)
+        self.forks = Forks(self._on_child_found, self.drop)
         self.faults = Faults(pager, self._attachments)
         self.settling = Settling(self.read_events)
         self.journal = observed.Journal()

@@ -75,6 +75,9 @@ class Space:
     def sizes(self) -> dict[Address, int]:
         return {self.anchor: self.marked * PAGE_SIZE}
 
+    def is_alive(self) -> bool:
+        return not self.is_gone
+
     def _check(self, ar: AddrRange) -> None:
         if self.is_gone:
             raise OSError(errno.ESRCH, "gone")
@@ -94,12 +97,18 @@ def found() -> dict[int, int]:
 
 
 @pytest.fixture
-def forks(found: dict[int, int]) -> Forks:
+def ended() -> list[int]:
+    """The pids of children that ended before they were found."""
+    return []
+
+
+@pytest.fixture
+def forks(found: dict[int, int], ended: list[int]) -> Forks:
     def note(child: Any, pid: int) -> None:
         assert child.true_pid not in found
         found[child.true_pid] = pid
 
-    return Forks(note)
+    return Forks(note, lambda child: ended.append(child.true_pid))  # type: ignore[attr-defined]
 
 
 def test_one_child_is_found(machine: Machine, forks: Forks, found: dict[int, int]) -> None:
@@ -353,6 +362,16 @@ class TestRun:
         times = [at for at, _ in looks]
         assert found == {102: 102}
         assert [at for at in times if at > 0.2][:2] == pytest.approx([0.315, 0.32])
+
+    def test_not_for_one_that_has_ended(
+        self, machine: Machine, forks: Forks, found: dict[int, int], ended: list[int]
+    ) -> None:
+        """It leaves nothing in /proc to find. Whoever waits for the end of its memory does not wait for the sweeper."""
+        child = machine.fork(101)
+        child.uffd.is_gone = True
+        looks = self.run(forks, 10, (1, lambda: forks.add(child)))
+        assert looks == [(1.005, False)]
+        assert (found, ended) == ({}, [101])
 
     def test_not_for_those_given_up(self, machine: Machine, forks: Forks) -> None:
         child = machine.fork(101)

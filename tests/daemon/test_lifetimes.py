@@ -383,7 +383,8 @@ class TestFork:
         os.kill(pid, signal.SIGKILL)
         forking.serve_until(lambda: region.attachments == [parent])
 
-    def test_one_that_dies_before_it_is_found_is_swept_away(self, forking: World, client: Client) -> None:
+    @pytest.mark.parametrize("seen_by", ["sweeper", "who looks for children"])
+    def test_one_that_dies_before_it_is_found_is_dropped(self, forking: World, client: Client, seen_by: str) -> None:
         region = forking.region()
         parent = forking.attach(region, client)
         client.tell("fork")
@@ -394,7 +395,10 @@ class TestFork:
         os.kill(pid, signal.SIGKILL)
         assert select.select([pidfd], [], [], 10)[0]
         os.close(pidfd)
-        forking.lifetimes.sweep()
+        if seen_by == "sweeper":
+            forking.lifetimes.sweep()
+        else:
+            forking.lifetimes.forks.look()
         assert region.attachments == [parent]
 
     def test_one_that_is_gone_when_it_is_found_is_dropped(self, forking: World, client: Client, gone: int) -> None:
