@@ -195,7 +195,9 @@ class TestFamilies:
         assert origin.ask("sum(t.stat().resident for t in twins)") == SIZE
         assert origin.ask(f"all(bytes(t.buf) == bytes([1]) * {SIZE} for t in twins)")
 
-    def test_ends_in_every_order(self, origin: Client, daemon: Daemon) -> None:
+    def test_ends_in_every_order(
+        self, origin: Client, daemon: Daemon, eventually: Callable[[Callable[[], bool]], None]
+    ) -> None:
         """r, its forks s and u, and t, a fork of s: whoever is left has what it had, and memory goes with the last."""
         before = len(files_of_regions(daemon.state))
         origin.do(f"""
@@ -221,7 +223,7 @@ class TestFamilies:
                 regions = family()
                 """)
         origin.do("for each in 'rstu': mshare.mshare_unlink(name + each)")
-        assert len(files_of_regions(daemon.state)) == before
+        eventually(lambda: len(files_of_regions(daemon.state)) <= before)
 
     def test_the_memory_of_an_origin_goes_when_nobody_needs_it(
         self, origin: Client, daemon: Daemon, eventually: Callable[[Callable[[], bool]], None]
@@ -260,7 +262,7 @@ class TestFamilies:
                 s = on(f'{{name}}-{{number}}'); s.buf[0]; mshare.mshare_unlink(f'{{name}}-{{number}}')
             """)
         eventually(lambda: daemon.descriptors() <= descriptors + 3)  # What puts single pages into the origin's memory.
-        assert files_of_regions(daemon.state) == files
+        assert set(files_of_regions(daemon.state)) <= set(files)  # Those of tests before this one may have ended.
         assert origin.ask(f"marks(r, {SOME})") == [99] * len(SOME)
 
 

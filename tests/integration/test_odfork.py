@@ -166,7 +166,9 @@ def test_one_instant_for_all_regions(parent: Client, client: Callable[..., Clien
     writer.do("stop.set(); t.join()")
 
 
-def test_what_fails_is_told_in_the_parent_and_leaves_no_child(parent: Client, daemon: Daemon) -> None:
+def test_what_fails_is_told_in_the_parent_and_leaves_no_child(
+    parent: Client, daemon: Daemon, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
     before = daemon.descriptors()
     parent.do("r.detach()")
     assert parent.error_of("mshare.odfork(r)").kind == "ValueError"
@@ -176,4 +178,4 @@ def test_what_fails_is_told_in_the_parent_and_leaves_no_child(parent: Client, da
     assert parent.error_of("mshare.odfork(q)").errno == errno.EAGAIN
     parent.do("mshare.odfork.__globals__['_plain_fork'] = plain")
     assert parent.error_of("os.waitpid(-1, 0)").kind == "ChildProcessError"
-    assert daemon.descriptors() <= before
+    eventually(lambda: daemon.descriptors() <= before)
