@@ -333,10 +333,7 @@ class MshareFs(pyfuse3.Operations):
         if inode == _INFO:
             return self._info
         if inode == _METRICS:
-            live = self._service.lifetimes.regions()
-            named = [await self._service.views.stat(r) for r in live if r.model.name]
-            files = [await self._service.views.stat(r) for r in live if r.model.file and r.model.ready]
-            return dump.metrics_text(named, files).encode()
+            return (await self._service.views.metrics()).encode()
         raise pyfuse3.FUSEError(errno.EISDIR)
 
     async def _info_file(self, region: Region, which: str) -> bytes:

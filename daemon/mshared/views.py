@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import trio
 
 from mshared.answers import Answer, Caller
@@ -10,12 +13,16 @@ from mshared.lifetimes import Lifetimes
 from mshared.live import LiveRegion
 from mshared.observed import Trace
 from msharefs import dump, heat, protocol
+from msharefs.errors import NotFoundError
 from msharefs.namespace import Namespace
 from msharefs.region import BackingKind
 
 
 class Views:
-    """What anybody may know who may know of the region. ``notes``: what the machine lacks, in words."""
+    """What anybody may know who may know of the region. ``notes``: what the machine lacks, in words.
+
+    What waits raises NotFoundError when the region ends meanwhile.
+    """
 
     def __init__(self, namespace: Namespace, lifetimes: Lifetimes, notes: tuple[str, ...] = ()) -> None:
         self._namespace = namespace
@@ -33,7 +40,7 @@ class Views:
 
     async def heat(self, region: LiveRegion, request: protocol.GetHeat) -> Answer:
         """What a region holds where."""
-        with region.backing.duplicate() as fd:
+        with _memory_of(region) as fd:
             await self.refresh(region, fd)
         return Answer(heat.heat(region.model, request.cells))
 
@@ -58,14 +65,25 @@ class Views:
         """Everything known about a region, brought up to date first."""
         self._lifetimes.sweep(region.attachments)
         self._lifetimes.forks.look()
-        with region.backing.duplicate() as fd:
+        with _memory_of(region) as fd:
             facts = await trio.to_thread.run_sync(read_kernel, fd, region, self._notes)
             await self.refresh(region, fd)
         return dump.region_stat(region.model, facts)
 
+    async def metrics(self) -> str:
+        """What there is to measure, of all regions and shared files that are there to the end."""
+        stats: list[tuple[LiveRegion, protocol.RegionStat]] = []
+        for region in self._lifetimes.regions():
+            if region.model.name or (region.model.file and region.model.ready):
+                with contextlib.suppress(NotFoundError):
+                    stats.append((region, await self.stat(region)))
+        there = [(region.model, stat) for region, stat in stats if not region.ended]
+        named = [stat for model, stat in there if model.name]
+        return dump.metrics_text(named, [stat for model, stat in there if model.file])
+
     async def maps(self, region: LiveRegion, request: protocol.GetMaps) -> Answer:
         """The VMAs of a region, as many as one packet takes."""
-        with region.backing.duplicate() as fd:
+        with _memory_of(region) as fd:
             await self.refresh(region, fd)
         vmas = [vma for vma in dump.vmas(region.model) if request.after is None or vma.offset > request.after]
         count = protocol.fitting(vmas)
@@ -75,4 +93,19 @@ class Views:
         """Bring the tables of native memory up to date with what the kernel did on its own to the backing file."""
         model = region.model
         present = await trio.to_thread.run_sync(region.held_where_mapped, fd, region.mapped())
+        _check_there(region)
         model.mm.sync((ar.moved(model.ar.start) for ar in present), huge=model.backing is not BackingKind.SMALL)
+
+
+@contextlib.contextmanager
+def _memory_of(region: LiveRegion) -> Iterator[int]:
+    """A descriptor of a region's memory that outlives it. Raises NotFoundError."""
+    _check_there(region)
+    with region.backing.duplicate() as fd:
+        yield fd
+
+
+def _check_there(region: LiveRegion) -> None:
+    """Not that the numbers of its descriptors stand for something else by now. Raises NotFoundError."""
+    if region.closed:
+        raise NotFoundError(f"region {region.model.title} is gone; it ended in the meantime")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mshared import apply, donations, service, sparse, views
+from mshared import apply, donations, service, sparse
 from mshared.answers import Answer, Caller, Pending
 from mshared.backing import BackingStore, MemfdStore
 from mshared.changes import Opened
@@ -691,18 +693,67 @@ class TestLooking:
         assert isinstance(answer.reply, protocol.Maps)
         assert [(vma.offset, vma.length, vma.resident) for vma in answer.reply.vmas] == [(0, PMD_SIZE, PAGE_SIZE)]
 
-    def test_a_region_that_goes_while_it_is_looked_at_hurts_nobody(
+    def looks(self, world: World, region: LiveRegion) -> list[Callable[[], Awaitable[object]]]:
+        """All that waits while it looks at a region."""
+        told = world.service.views
+        return [
+            partial(told.stat, region),
+            partial(told.maps, region, protocol.GetMaps()),
+            partial(told.heat, region, protocol.GetHeat(16)),
+        ]
+
+    def test_a_region_that_goes_while_it_is_looked_at_is_not_found(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        _, pending = world.create()
-        read = views.read_kernel
+        held = LiveRegion.held_where_mapped
 
-        def read_late(*args: Any) -> Any:
+        def held_late(region: LiveRegion, *args: Any) -> Any:
             trio.from_thread.run_sync(world.service.give_up, pending)
-            return read(*args)
+            return held(region, *args)
 
-        monkeypatch.setattr(views, "read_kernel", read_late)
-        assert trio.run(world.service.views.stat, pending.region).resident == 0
+        monkeypatch.setattr(LiveRegion, "held_where_mapped", held_late)
+        for number in range(3):
+            _, pending = world.create()
+            with pytest.raises(NotFoundError, match="is gone"):
+                trio.run(self.looks(world, pending.region)[number])
+
+    def test_one_that_has_gone_is_not_looked_at(self, world: World) -> None:
+        """The numbers of its descriptors may stand for something else by now."""
+        _, pending = world.create()
+        world.service.give_up(pending)
+        for look in self.looks(world, pending.region):
+            with pytest.raises(NotFoundError, match="is gone"):
+                trio.run(look)
+
+    def test_one_that_ends_with_a_process_found_dead_is_not_found(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Looking for the dead comes first."""
+        _, pending = world.create()
+        live = world.attach(pending.region, os.getpid())
+        world.service.names.remove(ME, protocol.Remove("it"))
+        monkeypatch.setattr(live.uffd, "is_alive", lambda: False)
+        with pytest.raises(NotFoundError, match="is gone"):
+            trio.run(world.service.views.stat, pending.region)
+
+    def test_metrics_leave_out_what_ends_meanwhile(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also what only loses its name: the next of that name would be told of by the same words."""
+        regions = {name: world.create(name=name)[1] for name in ("first", "ends", "nameless", "last")}
+        world.attach(regions["nameless"].region, os.getpid())
+        stat = world.service.views.stat
+
+        async def stat_late(region: LiveRegion) -> protocol.RegionStat:
+            found = await stat(region)
+            if region.model.name == "first":
+                world.service.give_up(regions["ends"])
+            if region.model.name == "last":
+                world.service.names.remove(ME, protocol.Remove("nameless"))
+            return found
+
+        monkeypatch.setattr(world.service.views, "stat", stat_late)
+        text = trio.run(world.service.views.metrics)
+        assert "msharefs_regions 2\n" in text
+        assert set(re.findall(r'_size_bytes{region="(\w*)"}', text)) == {"first", "last"}
 
 
 class TestWhatComesUponAChange:
