@@ -31,7 +31,9 @@ class Pager:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[], None]] = {}
+        self._handlers: dict[int, tuple[int, Callable[[], None]]] = {}
+        """With the number of polls before it was added."""
+        self._polls = 0
         self._callers = select.epoll()
         self._later: list[Callable[[], None]] = []
         self._waiting: trio.CancelScope | None = None
@@ -40,7 +42,7 @@ class Pager:
     def add(self, fd: int, handler: Callable[[], None]) -> None:
         """Watch ``fd``; ``handler`` reads what is there and must not wait."""
         self._epoll.register(fd, select.EPOLLIN)
-        self._handlers[fd] = handler
+        self._handlers[fd] = self._polls, handler
 
     def remove(self, fd: int) -> None:
         """Watch ``fd`` no longer. To be called before it is closed."""
@@ -94,12 +96,17 @@ class Pager:
                 os.sched_yield()  # Whoever is served may be waiting for this processor.
 
     def drain(self) -> bool:
-        """Handle what is readable now, then what was put aside; whether anything was. Does not wait."""
+        """Handle what is readable now, then what was put aside; whether anything was. Does not wait.
+
+        What an earlier handler of the round removed is not handled. If the number stands for something else since, the
+        event was not that one's: it comes again, should it be readable. Handlers may drain, too.
+        """
         ready = self._epoll.poll(0, _BATCH)
+        self._polls = now = self._polls + 1
         for fd, _ in ready:
-            handler = self._handlers.get(fd)
-            if handler is not None:  # else an earlier handler of this round removed it
-                _guarded(handler)
+            watched = self._handlers.get(fd)
+            if watched is not None and watched[0] < now:
+                _guarded(watched[1])
         work, self._later = self._later, []
         for step in work:
             _guarded(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import trio
@@ -103,6 +104,33 @@ def test_what_a_handler_adds_is_served_in_the_next_round(pager: Pager, event: Ca
     assert called == []
     pager.drain()
     assert called == ["child"]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["", "in a round within the round"])
+def test_a_number_that_is_given_again_does_not_have_the_event_of_the_one_before(
+    pager: Pager, event: Callable[[], int], nested: bool
+) -> None:
+    """Who died first takes another's descriptor away, and somebody who lives gets the number: both were readable."""
+    called: list[str] = []
+    pair = [event(), event()]
+
+    def on_death(mine: int) -> None:
+        called.append("dead")
+        other = pair[1 - pair.index(mine)]
+        for fd in pair:
+            pager.remove(fd)
+        os.eventfd_read(other)
+        pager.add(other, lambda: called.append("alive"))
+        if nested:
+            pager.drain()
+
+    for fd in pair:
+        pager.add(fd, partial(on_death, fd))
+    pager.drain()
+    assert called == ["dead"]
+    os.eventfd_write(next(fd for fd in pair if fd in pager._handlers), 1)
+    pager.drain()
+    assert called == ["dead", "alive"]
 
 
 def test_more_than_one_batch_is_served(pager: Pager, event: Callable[[], int]) -> None:
