@@ -86,10 +86,12 @@ def run(config: Config) -> None:
     stop = StopSignals(hangup=sys.stderr.isatty())
     fate = Fate()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(places.directory(config.state_dir.parent))
-        stack.enter_context(places.directory(config.state_dir, ours=True))
+        made = places.Made(config.state_dir / places.NOTE)
+        stack.enter_context(made.directory(config.state_dir.parent))
+        stack.enter_context(made.directory(config.state_dir, ours=True))
         lock = stack.enter_context(places.lock(config.state_dir / places.LOCK, config.mount, fate))
-        stack.enter_context(places.directory(config.mount))
+        stack.enter_context(made.directory(config.mount))
+        stack.enter_context(made.noted(fate))
         fate.keep = (config.state_dir / journal.NAME).exists()
         before = _state_before(config)
         fate.keep = before is not None

@@ -22,6 +22,8 @@ from msharefs.region import BackingKind
 log = logging.getLogger(__name__)
 
 LOCK: Final = "lock"
+NOTE: Final = "directories"
+"""Files of the state directory: who serves, and what was made for it."""
 _MOUNT_PATIENCE: Final = 3.0
 """Seconds a mount that stands at our place may take to show that somebody serves it."""
 _KEEPER_PATIENCE: Final = 5.0
@@ -40,24 +42,55 @@ class Fate:
     keep: bool = False
 
 
-@contextlib.contextmanager
-def directory(path: Path, *, ours: bool = False) -> Iterator[None]:
-    """Have a directory; one that we made goes with us, if it is empty then. ``ours``: it is for our files alone."""
-    try:
-        path.mkdir(mode=0o755, parents=True)
-        made = True
-    except FileExistsError:
-        made = ours and (path / LOCK).exists()  # Left by a daemon that was killed.
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise StartError(f"cannot make {path}: {error.strerror}") from error
-        made = True  # A dead mount stands there.
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+class Made:
+    """The directories that were made for the daemons of one state directory: the last takes them away, if it can.
+
+    They are noted in a file beside the lock, since a daemon that is killed takes nothing away.
+    """
+
+    def __init__(self, note: Path) -> None:
+        self._note = note
+        self._paths: set[Path] = set()
+        with contextlib.suppress(OSError):
+            self._paths.update(Path(os.fsdecode(path)) for path in note.read_bytes().split(b"\0") if path)
+
+    @contextlib.contextmanager
+    def directory(self, path: Path, *, ours: bool = False) -> Iterator[None]:
+        """Have a directory; it goes with us if we made it, or a daemon before us, and so do those above it.
+
+        Unless something is in them. ``ours``: it is for our files alone.
+        """
+        missing = {each for each in (path, *path.parents) if not os.path.lexists(each)}
+        try:
+            path.mkdir(mode=0o755, parents=True)
+        except FileExistsError:
+            missing = {path} if ours and (path / LOCK).exists() else set()  # Left by a daemon that was killed.
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise StartError(f"cannot make {path}: {error.strerror}") from error
+            missing = {path}  # A dead mount stands there.
+        self._paths |= missing
+        try:
+            yield
+        finally:
+            for each in (path, *path.parents):
+                if each in self._paths:
+                    with contextlib.suppress(OSError):
+                        each.rmdir()
+
+    @contextlib.contextmanager
+    def noted(self, fate: Fate) -> Iterator[None]:
+        """Have the next daemon know of them, should this one not end as it should. Preconditions: we hold the lock."""
+        if self._paths:
+            try:
+                self._note.write_bytes(b"\0".join(sorted(os.fsencode(path) for path in self._paths)))
+            except OSError as error:
+                raise StartError(f"cannot write {self._note}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            if not fate.keep:
+                self._note.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import attrs
 import pytest
 
 from mshared import mounts, places
-from mshared.places import Fate, StartError
+from mshared.places import Fate, Made, StartError
 from msharefs.mountinfo import FSTYPE, Mount
 
 
@@ -39,53 +39,109 @@ def clear(config: Config, *, memory: bool = True) -> None:
     places.clear_stale(config.mount, config.state_dir, memory=memory)
 
 
-class TestDirectory:
-    """Directories that go with the daemon, if it made them."""
+class TestDirectories:
+    """Those that go with the daemon, if it made them."""
 
-    def test_made_and_taken_away(self, directory: Path) -> None:
-        with places.directory(directory / "new"):
+    @pytest.fixture
+    def made(self, directory: Path) -> Made:
+        return Made(directory / "note")
+
+    def test_made_and_taken_away(self, directory: Path, made: Made) -> None:
+        with made.directory(directory / "new"):
             assert stat.S_IMODE((directory / "new").stat().st_mode) == 0o755
         assert not (directory / "new").exists()
 
-    def test_one_that_was_there_stays(self, directory: Path) -> None:
+    def test_so_are_those_above_it(self, directory: Path, made: Made) -> None:
         (directory / "old").mkdir()
-        with places.directory(directory / "old"):
+        with made.directory(directory / "old" / "a" / "b" / "c"):
+            assert (directory / "old" / "a" / "b" / "c").is_dir()
+        assert os.listdir(directory / "old") == []
+
+    def test_one_that_was_there_stays(self, directory: Path, made: Made) -> None:
+        (directory / "old").mkdir()
+        with made.directory(directory / "old"):
             pass
         assert (directory / "old").is_dir()
 
-    def test_one_that_holds_something_stays(self, directory: Path) -> None:
-        with places.directory(directory / "new"):
+    def test_one_that_holds_something_stays(self, directory: Path, made: Made) -> None:
+        with made.directory(directory / "new"):
             (directory / "new" / "file").touch()
         assert (directory / "new" / "file").exists()
 
-    def test_it_goes_though_the_daemon_fails(self, directory: Path) -> None:
-        with contextlib.suppress(ZeroDivisionError), places.directory(directory / "new"):
+    def test_it_goes_though_the_daemon_fails(self, directory: Path, made: Made) -> None:
+        with contextlib.suppress(ZeroDivisionError), made.directory(directory / "new"):
             raise ZeroDivisionError
         assert not (directory / "new").exists()
 
-    def test_one_left_by_a_daemon_that_was_killed_goes_with_the_next(self, directory: Path) -> None:
+    @pytest.mark.parametrize("generations", [1, 3])
+    def test_those_that_a_killed_daemon_made_go_with_the_next(self, directory: Path, generations: int) -> None:
+        """Or with one after that. Those that nobody made stay."""
+        (directory / "old").mkdir()
+        places = [directory / "old" / "deep" / "mount", directory / "parent" / "state", directory / "old"]
+        killed: list[contextlib.ExitStack] = []
+        for _ in range(generations):
+            with contextlib.ExitStack() as daemon:
+                made = Made(directory / "note")
+                for place in places:
+                    daemon.enter_context(made.directory(place))
+                daemon.enter_context(made.noted(Fate()))
+                killed.append(daemon.pop_all())
+        with contextlib.ExitStack() as daemon:
+            made = Made(directory / "note")
+            for place in places:
+                daemon.enter_context(made.directory(place))
+            daemon.enter_context(made.noted(Fate()))
+        assert sorted(os.listdir(directory)) == ["old"]
+        assert os.listdir(directory / "old") == []
+
+    def test_what_is_noted_stays_so_for_the_next_that_goes_on(self, directory: Path, made: Made) -> None:
+        with made.directory(directory / "new"), made.noted(Fate(keep=True)):
+            (directory / "new" / "file").touch()
+        (directory / "new" / "file").unlink()
+        following = Made(directory / "note")
+        with following.directory(directory / "new"), following.noted(Fate()):
+            pass
+        assert os.listdir(directory) == []
+
+    def test_where_nothing_was_made_nothing_is_noted(self, directory: Path, made: Made) -> None:
+        with made.directory(directory), made.noted(Fate()):
+            assert os.listdir(directory) == []
+
+    def test_a_note_that_cannot_be_written_is_told(self, directory: Path) -> None:
+        made = Made(directory / "nowhere" / "note")
+        with (
+            made.directory(directory / "new"),
+            pytest.raises(StartError, match=f"cannot write {directory}/nowhere/note: No such file"),
+            made.noted(Fate()),
+        ):
+            pass
+
+    def test_one_left_by_a_daemon_that_was_killed_goes_with_the_next(self, directory: Path, made: Made) -> None:
+        """Before it had noted anything."""
         (directory / "state").mkdir()
         (directory / "state" / "lock").touch()
-        with places.directory(directory / "state", ours=True):
+        with made.directory(directory / "state", ours=True):
             (directory / "state" / "lock").unlink()
         assert not (directory / "state").exists()
 
-    def test_one_where_a_dead_mount_stands_is_ours(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_where_a_dead_mount_stands_is_ours(
+        self, directory: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (directory / "dead").mkdir()
 
         def dead(*_args: object, **_kwargs: object) -> None:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
         monkeypatch.setattr(Path, "mkdir", dead)
-        with places.directory(directory / "dead"):
+        with made.directory(directory / "dead"):
             pass
         assert not (directory / "dead").exists()
 
-    def test_one_that_cannot_be_made_is_told(self, directory: Path) -> None:
+    def test_one_that_cannot_be_made_is_told(self, directory: Path, made: Made) -> None:
         (directory / "file").touch()
         with (
             pytest.raises(StartError, match=f"cannot make {directory}/file/below: Not a directory"),
-            places.directory(directory / "file" / "below"),
+            made.directory(directory / "file" / "below"),
         ):
             pass
 

@@ -467,6 +467,7 @@ class TestCleanStop:
         assert daemon.stop() == 0
         assert mounts_below(daemon.directory) == []
         assert not daemon.state.exists()
+        assert not daemon.mount.exists()
 
 
 def replace(path: Path, data: bytes) -> None:
