@@ -104,6 +104,7 @@ def test_a_stale_mount_is_replaced(start_daemon: Callable[..., Daemon], client: 
 def test_an_unmount_from_outside_stops_the_daemon(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon()
     subprocess.run(["umount", daemon.mount], check=True)
+    daemon.mount.rmdir()  # Which takes it out of the namespaces, too, that tests beside this one may have made.
     assert daemon.process.wait(20) == 0
     assert mounts_below(daemon.directory) == []
 
