@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -19,6 +20,8 @@ from msharefs import protocol
 
 _FAILED = 127
 """Exit status of a child that could not have its snapshots."""
+_DEATH_MS = 500
+"""Milliseconds within which a process that was killed has closed all its descriptors, once it has closed one."""
 _plain_fork: Callable[[], int] = os.fork
 
 
@@ -98,16 +101,29 @@ def _fork_without(regions: Iterable[Region]) -> int:
 
 
 def _become(taken: list[tuple[Region, str]], pipe: int) -> None:
-    """In the child: snapshots take the place of regions. What fails ends the child: it must not touch the regions."""
+    """In the child: snapshots take the place of regions. What fails ends the child: it must not touch the regions.
+
+    Without a word, if that is because the parent was killed: then nobody is there to be told that it had a child.
+    """
     try:
         for region, token in taken:
             region.become(token)
         os.write(pipe, b"1")
         os.close(pipe)
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(_FAILED)
+        try:
+            if not _nobody_waits(pipe):
+                traceback.print_exc()
+                sys.stderr.flush()
+        finally:
+            os._exit(_FAILED)
+
+
+def _nobody_waits(pipe: int) -> bool:
+    """Whether the other end of a pipe was closed, or is just about to be."""
+    end = select.poll()
+    end.register(pipe, 0)
+    return bool(end.poll(_DEATH_MS))
 
 
 def _forget(link: Connection, tokens: list[str]) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from conftest import Client, Daemon
+from conftest import PATIENCE, Client, Daemon
 
 MIB = 1 << 20
 PAGE = 4096
@@ -179,3 +179,22 @@ def test_what_fails_is_told_in_the_parent_and_leaves_no_child(
     parent.do("mshare.odfork.__globals__['_plain_fork'] = plain")
     assert parent.error_of("os.waitpid(-1, 0)").kind == "ChildProcessError"
     eventually(lambda: daemon.descriptors() <= before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_child_whose_parent_is_killed_meanwhile_ends_without_a_word(parent: Client, when: str) -> None:
+    """Before it has its snapshots, or before it can say so: nobody waits for it, nor for what it would say."""
+    parent.do(f"""
+        plain, first = mshare.Region.become, os.getpid()
+        def orphaned():
+            os.kill(first, 9)
+            while os.getppid() == first: time.sleep(0.001)
+        def become(region, token):
+            if {when!r} == 'before': orphaned()
+            plain(region, token)
+            if {when!r} == 'after': orphaned()
+        mshare.Region.become = become
+        """)
+    parent.send(do="mshare.odfork(r); print('it goes on')")
+    assert parent.answers(PATIENCE), "the child does not end"
+    assert parent.stderr() == ""
