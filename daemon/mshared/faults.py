@@ -25,6 +25,9 @@ from msharefs.region import AttachmentId
 
 log = logging.getLogger(__name__)
 
+_PART: Final = 8
+_LONGEST: Final = 1.0
+"""A fault that the kernel cannot take is tried again after a part of the time it waits; seconds that takes at most."""
 _ANSWERED_AT_ONCE: Final = (ZeroFill, Allow, FillPattern)
 _STORE: Final = abi.FLAG_WRITE | abi.FLAG_WP
 _READ: Final = Access.READ
@@ -46,8 +49,11 @@ class Faults:
         if live.model.id not in self._attached or not window.start <= addr < window.end:
             self._on_stray(Waiting(live, flags, addr, tid, since))
             return
-        if live.region.changing or not live.region.book.is_settled():
+        if live.region.changing:
             self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
+            return
+        if not live.region.book.is_settled():
+            self._retry(Waiting(live, flags, addr, tid, since))
             return
         host = Address(addr - live.distance)
         access = _WRITE if flags & _STORE else _READ
@@ -66,13 +72,18 @@ class Faults:
             region.count_served(vma)
             observed.served(live, flags, addr, tid, since, type(effect))
         elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self.decide(live, flags, addr, tid, since))
+            self._retry(Waiting(live, flags, addr, tid, since))
 
     def _write_down(self, live: LiveAttachment, stored_to: Allow) -> bool:
         """Have the next daemon know of a store to a shared file, before it is allowed; whether it does."""
         page = stored_to.ar
         live.region.note(rec.Dirty(live.region.model.id, page, (page,)))
         return live.region.book.is_settled()
+
+    def _retry(self, fault: Waiting) -> None:
+        """Decide a fault anew, the later the longer it waits: what is in its way may be its own process's doing."""
+        waited = (time.monotonic_ns() - fault.since) / 1e9
+        self._pager.later(partial(self._again, fault), min(waited / _PART, _LONGEST))
 
     def _again(self, fault: Waiting) -> None:
         self.decide(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since)
@@ -118,7 +129,7 @@ class Faults:
             live.region.model.count_served(resolution.vma)
             observed.served(live, fault.flags, fault.addr, fault.tid, fault.since, type(resolution.effect))
         elif outcome is Outcome.RETRY:
-            self._pager.later(lambda: self._again(fault))
+            self._retry(fault)
 
     def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
         """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""

@@ -6,7 +6,10 @@ here; one set drained at once serves more faults a second than a task for each d
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
+import math
 import os
 import select
 import time
@@ -36,6 +39,9 @@ class Pager:
         self._polls = 0
         self._callers = select.epoll()
         self._later: list[Callable[[], None]] = []
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        """A heap of what is to be done at a time of its own; what was asked for first is first of the same time."""
+        self._order = itertools.count()
         self._waiting: trio.CancelScope | None = None
         """Around the wait for whatever comes next, while there is nothing to do later."""
 
@@ -57,9 +63,12 @@ class Pager:
         """No longer. To be called before it is closed."""
         self._callers.unregister(fd)
 
-    def later(self, work: Callable[[], None]) -> None:
-        """Do ``work`` after the events that are there now; it may ask for another time."""
-        self._later.append(work)
+    def later(self, work: Callable[[], None], delay: float = 0.0) -> None:
+        """Do ``work`` after the events that are there now, or seconds later; it may ask for another time."""
+        if delay > RETRY_DELAY:
+            heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), work))
+        else:
+            self._later.append(work)
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -70,7 +79,8 @@ class Pager:
                 with trio.move_on_after(RETRY_DELAY):
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
             else:
-                with trio.CancelScope() as self._waiting:
+                due = self._due[0][0] - time.monotonic() if self._due else math.inf
+                with trio.move_on_after(max(0.0, due)) as self._waiting:
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
                 self._waiting = None
             self.linger()
@@ -108,6 +118,8 @@ class Pager:
             if watched is not None and watched[0] < now:
                 _guarded(watched[1])
         work, self._later = self._later, []
+        while self._due and self._due[0][0] <= time.monotonic():
+            work.append(heapq.heappop(self._due)[2])
         for step in work:
             _guarded(step)
         return bool(ready)

@@ -9,17 +9,19 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from mshared import processes, uffd
+from mshared import apply, processes, uffd
 from mshared.backing import MemfdStore
 from mshared.lifetimes import SWEEP_INTERVAL, Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
-from mshared.pager import Pager
+from mshared.pager import RETRY_DELAY, Pager
+from mshared.uffd import Outcome
 from mshared.under_way import Staged
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
@@ -480,6 +482,26 @@ class TestFaults:
         world.pager.drain()
         assert region.model.faults == 1
         assert client.answer() == "0"
+
+    def test_what_the_kernel_does_not_take_is_tried_ever_more_seldom(
+        self, world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A process can have its forks wait for ever, and its faults with them: it must not take the loop's time."""
+        region = world.region(empty=True)
+        region.model.mm.mmap(AddrRange.sized(region.model.ar.start, PMD_SIZE), PMD_SIZE, fixed=True)
+        live = world.attach(region, client)
+        delays: list[float] = []
+        monkeypatch.setattr(apply, "answer_fault", lambda *_args: Outcome.RETRY)
+        monkeypatch.setattr(world.pager, "later", lambda _work, delay=0.0: delays.append(delay))
+        now = time.monotonic_ns()
+        monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+        for waited in (0, 0.001, 0.1, 10, 1000):
+            since = now - int(waited * 1e9)
+            world.lifetimes.faults.decide(live, abi.FLAG_WP, region.model.ar.start, client.pid, since)
+        assert delays[0] == 0
+        assert delays[1] < RETRY_DELAY
+        assert 0.01 < delays[2] < 0.1
+        assert delays[3] == delays[4] == pytest.approx(1)
 
     def test_those_of_an_attachment_that_went_meanwhile_are_nobodys(self, world: World, client: Client) -> None:
         region = world.region(empty=True)

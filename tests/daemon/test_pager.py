@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -179,6 +180,23 @@ def test_work_for_later_may_ask_for_another_time(pager: Pager) -> None:
     assert called == [0, 1, 2]
 
 
+def test_work_for_a_later_time_waits_until_then(pager: Pager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that is due comes first."""
+    called: list[str] = []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for delay in (0.3, 0.1, 0.1, 0.0):
+        pager.later(lambda delay=delay: called.append(str(delay)), delay=delay)  # type: ignore[misc]
+    pager.drain()
+    assert called == ["0.0"]
+    now += 0.2
+    pager.drain()
+    assert called == ["0.0", "0.1", "0.1"]
+    now += 0.2
+    pager.drain()
+    assert called == ["0.0", "0.1", "0.1", "0.3"]
+
+
 def test_a_mistake_in_a_handler_is_logged_and_concerns_nobody_else(
     pager: Pager, event: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -297,6 +315,14 @@ class TestRun:
                 nursery.cancel_scope.cancel()
 
         trio.run(main)
+
+    def test_work_for_a_later_time_is_done_though_nothing_comes(self, pager: Pager) -> None:
+        """It may be asked for while the pager waits for whatever comes, or before."""
+        done = trio.Event()
+        order: list[str] = []
+        pager.later(lambda: (order.append("later"), done.set()), delay=0.1)  # type: ignore[arg-type, return-value]
+        self.run_until(pager, done, lambda: pager.later(partial(order.append, "sooner"), delay=0.05))
+        assert order == ["sooner", "later"]
 
     def test_work_for_later_is_tried_again_though_nothing_is_readable(self, pager: Pager) -> None:
         tries, done = [], trio.Event()
