@@ -47,6 +47,11 @@ def test_the_dump_is_the_first_packet() -> None:
     assert bytes.fromhex(dump) == PACKETS[0]
 
 
+def test_every_block_is_a_packet() -> None:
+    """So that none is left which these tests do not look at."""
+    assert len(re.findall(r"^ *```", TEXT, re.MULTILINE)) == 2 * len(blocks("text"))
+
+
 def test_every_message_is_shown() -> None:
     """Whatever either side can say: a new one is to be described before it is green."""
     shown = {type(protocol.decode(packet)[0]).__name__ for packet in PACKETS}

@@ -6,16 +6,14 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import signal
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from c_client import ROOT, CClient, compiled
+from c_client import CClient, compiled
 from conftest import Client, Daemon
 
 MIB = 1 << 20
@@ -323,35 +321,6 @@ def test_without_a_daemon_it_says_so(program: Path, tmp_path: Path) -> None:
         answer = c.ask("attach 0 any")
     assert answer.startswith(f"errno {errno.ENOENT} ")
     assert "mshare up" in answer
-
-
-def test_the_example_of_the_readme_compiles_and_reads(
-    client: Callable[..., Client], daemon: Daemon, tmp_path: Path, program: Path
-) -> None:
-    """``program`` skips where there is no compiler."""
-    (block,) = re.findall(r"^```c\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    include, _, statements = block.partition("\n")
-    lines = ("#include <fcntl.h>", "#include <stdio.h>", include, "int main(void)", "{", statements, "return 0;", "}")
-    source = tmp_path / "example.c"
-    source.write_text("\n".join(lines))
-    command = [
-        "cc",
-        "-pthread",
-        "-I",
-        ROOT / "client/c",
-        source,
-        ROOT / "client/c/mshare.c",
-        "-o",
-        tmp_path / "example",
-    ]
-    subprocess.run(command, check=True)
-    client().do(
-        "mshare.mshare('greeting', None, 2 * MIB, CREATE).buf[:5] = b'hello'; mshare.region._attached[0].detach()"
-    )
-    env = {**os.environ, "MSHAREFS": str(daemon.mount)}
-    done = subprocess.run([tmp_path / "example"], env=env, capture_output=True, text=True, timeout=20, check=True)
-    assert done.stdout == "hello\n"
-    assert "greeting" not in os.listdir(daemon.mount)
 
 
 def test_it_goes_on_with_the_daemon_that_follows(

@@ -1,4 +1,4 @@
-"""What the documents show runs: the Python in the READMEs, the examples, and the commands that are named."""
+"""What the documents show runs: every block of every one, the examples, and the commands that are named."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Daemon
+from documents import ROOT, Block, blocks, documents
+from own_machine import OwnMachine
+
+from mshare.cli import cli as mshare_command
+from mshared.__main__ import main as mshared_command
 
 pytestmark = pytest.mark.pool
 
-ROOT = Path(__file__).resolve().parents[2]
-GUIDES = sorted(
-    str(path.relative_to(ROOT))
-    for place in ("docs/*.md", "docs/howto/*.md", "docs/reference/*.md", "docs/explanation/*.md")
-    for path in ROOT.glob(place)
-    if path.name != "protocol.md"  # Its packets have tests of their own.
-)
-READMES = ["README.md", "msharefs/README.md"]
+PACKETS = "docs/protocol.md"
+"""Its blocks are packets; tests/core/test_protocol_document.py has each of them."""
+SHOWN = sorted({document for document in documents() if blocks(document)} - {PACKETS})
 PATIENCE = 30
-_FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"# (\w+\.py)\n")
-"""What a block starts with that is a file, to be run by others."""
-
-
-def blocks(document: str, language: str) -> list[str]:
-    """The fenced code blocks of a document in that language, in order."""
-    return [text for kind, text in _FENCE.findall((ROOT / document).read_text()) if kind == language]
+_STARTS_ONE = re.compile(r"mshare up|enable --now mshared")
 
 
 def run(mount: Path, *command: str) -> str:
@@ -41,44 +36,70 @@ def run(mount: Path, *command: str) -> str:
     return done.stdout
 
 
-def expected_output(block: str) -> list[str]:
-    """What the lines of a block say they print: the comments behind ``print(...)``."""
-    return re.findall(r"^\s*print\(.*\)\s+# (.*)$", block, re.MULTILINE)
+@pytest.fixture
+def huge_pages_as_before() -> Iterator[None]:
+    """Whatever a document does to the machine's pool is undone."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = setting.read_text()
+    yield
+    setting.write_text(before)
 
 
-@pytest.mark.parametrize("document", READMES)
-def test_python_of_a_readme_runs_and_prints_what_it_says(daemon: Daemon, document: str) -> None:
-    """Each block in a process of its own, one after the other, on the same daemon."""
-    found = blocks(document, "python")
-    assert found, f"{document} shows no Python"
-    for block in found:
-        assert run(daemon.mount, sys.executable, "-c", block).splitlines() == expected_output(block)
-    assert leftovers(daemon.mount) == []
+@pytest.mark.usefixtures("huge_pages_as_before")
+@pytest.mark.parametrize("document", SHOWN)
+def test_every_block_of_a_document_runs(daemon: Daemon, document: str, tmp_path: Path) -> None:
+    """One after the other, in one directory that looks like a checkout, each in a process of its own.
 
-
-@pytest.mark.parametrize("guide", GUIDES)
-def test_every_block_of_a_guide_runs(daemon: Daemon, guide: str, tmp_path: Path) -> None:
-    """One after the other, in one directory, each in a process of its own; one that begins `# name.py` is that file.
-
-    What cannot be run here, as root of a real machine would, is marked as text. Nothing is left at the end.
+    Python and shell run; one that begins `# name.py`, or `/* name.c */`, is that file, which a later one uses. What is
+    marked as text is what the one before it prints. A document that starts a daemon finds none, and stops it.
     """
-    if "unshare" in (ROOT / guide).read_text() and os.geteuid() != 0:
-        pytest.skip("namespaces are for root")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "MSHAREFS": str(daemon.mount), "PATH": path, "PYTHONPATH": str(tmp_path)}
-    for kind, text in _FENCE.findall((ROOT / guide).read_text()):
-        name = _FILE.match(text)
-        if kind == "python" and name:
-            (tmp_path / name[1]).write_text(text)
-        elif kind in ("python", "sh"):
-            command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euo", "pipefail", "-c", text]
-            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-            assert done.returncode == 0, f"{guide}: {text}\n{done.stdout}{done.stderr}"
-            if kind == "python":
-                assert done.stdout.splitlines() == expected_output(text)
-        else:
-            assert kind in ("text", "{eval-rst}"), f"{guide}: a block of {kind!r} is run by nobody"
+    found = blocks(document)
+    scripts = "".join(block.text for block in found if block.kind == "sh")
+    if "scripts/" in scripts and not (Path(sys.prefix) / ".msharefs-setup").exists():
+        pytest.skip("scripts/setup has not made this environment: it would change it now")
+    starts_one = _STARTS_ONE.search(scripts) is not None
+    with OwnMachine(tmp_path, None if starts_one else daemon.mount) as machine:
+        if "systemctl --user" in scripts and not machine.has_user_manager():
+            pytest.skip("systemd --user does not run here; scripts/setup installs systemd where CI is set")
+        output = ""
+        for number, block in enumerate(found):
+            output = follow(machine, block, output, [later.text for later in found[number + 1 :]])
+        if starts_one:
+            assert machine.shell("ls -d /run/mshare /run/mshared 2> /dev/null || true").stdout == ""
     assert leftovers(daemon.mount) == []
+
+
+def follow(machine: OwnMachine, block: Block, before: str, later: list[str]) -> str:
+    """Do what a reader does with a block; what it printed. ``before`` is what the one before it has printed."""
+    if block.file:
+        machine.write(block.file, block.text)
+        assert any(Path(block.file).stem in text for text in later), f"{block.file} is used by nobody"
+        return ""
+    if block.kind in ("python", "sh"):
+        python = block.kind == "python"
+        done = machine.run(sys.executable, "-c", block.text) if python else machine.shell(block.text)
+        assert done.returncode == 0, f"{block.document}: {block.text}\n{done.stdout}{done.stderr}"
+        if python:
+            assert done.stdout.splitlines() == block.printed
+        return done.stdout
+    if block.kind == "text":
+        assert block.shows(before), f"{block.document}: {block.text}\nis not what was printed:\n{before}"
+    elif block.kind == "":
+        assert block.is_drawing, f"{block.document}: nobody runs\n{block.text}"
+    else:
+        assert block.kind == "{eval-rst}", f"{block.document}: a block of {block.kind!r} is run by nobody"
+        assert block.document.startswith("docs/"), f"{block.document} is no part of the site, which Sphinx builds"
+    return ""
+
+
+@pytest.mark.parametrize("document", documents())
+def test_all_code_of_a_document_stands_in_blocks_that_are_found(document: str) -> None:
+    """None is hidden by a fence of another form, or by indentation alone."""
+    text = (ROOT / document).read_text()
+    fences = re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)
+    assert len(fences) == 2 * len(blocks(document))
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^(?![ \t]*[-*\d]).*\n\n(?: {4}|\t).*", prose, re.MULTILINE) == []
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
@@ -146,25 +167,42 @@ def test_pointers_are_followed_by_all(daemon: Daemon) -> None:
     assert leftovers(daemon.mount) == []
 
 
-def test_commands_named_in_the_readme_exist() -> None:
-    """Every scripts/... that README.md names can be executed, and every option of ours that it shows is known."""
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\bscripts/\w+", text))
-    assert {"scripts/demo", "scripts/test"} <= named
-    for command in sorted(named):
-        assert os.access(ROOT / command, os.X_OK), f"{command} cannot be executed"
+@pytest.mark.parametrize("document", documents())
+def test_commands_named_in_sentences_exist(document: str) -> None:
+    """Of `mshare` and `mshared` every option, too; of the rest that it can be run, or answers to --help."""
+    for words in map(str.split, named(document)):
+        own, _, daemon_s = " ".join(words).partition(" -- ")
+        if words[0] == "mshare":
+            command = mshare_command.commands[words[1]]
+            assert options(own) <= options_of(command), f"{document}: {own}"
+            assert options(daemon_s) <= options_of(mshared_command), f"{document}: {daemon_s}"
+        elif words[0] == "mshared":
+            assert options(own) <= options_of(mshared_command), f"{document}: {own}"
+        elif words[0].startswith("scripts/"):
+            assert os.access(ROOT / words[0], os.X_OK), f"{document}: {words[0]} cannot be executed"
+        else:
+            arguments = [sys.executable, *words[1:3], "--help"]
+            told = subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=PATIENCE, text=True, check=True)
+            assert options(own) <= options(told.stdout), f"{document}: {own}"
 
 
-def test_modules_named_in_the_readme_can_be_run() -> None:
-    """Every ``python -m ...`` of README.md answers to --help."""
-    named = set(re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / "README.md").read_text()))
-    assert "benchmarks" in named
-    for module in named:
-        command = [sys.executable, "-m", module, "--help"]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PATIENCE).returncode == 0, module
+def named(document: str) -> list[str]:
+    """The commands of ours that stand in a document's sentences."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    code = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", prose)]
+    ours = re.compile(r"(?:sudo )?(?:\.venv/bin/)?(mshared? .+|python -m benchmarks.*|scripts/\w+.*)")
+    return [found[1] for found in map(ours.fullmatch, code) if found]
 
 
-@pytest.mark.parametrize("document", [*READMES, *GUIDES, "docs/protocol.md", "CHANGELOG.md"])
+def options(words: str) -> set[str]:
+    return set(re.findall(r"(?<!\S)--[a-z][a-z-]*", words))
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize("document", documents())
 def test_files_a_document_links_to_exist(document: str) -> None:
     """Relative links lead somewhere."""
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
