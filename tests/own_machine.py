@@ -1,7 +1,8 @@
 """A machine of one's own, as far as namespaces give one: for what documents have their readers do as root.
 
-/run, /etc, /var/log and /dev/shm are private, and so are processes: what is started, mounted or installed in it is gone
-when it ends, even if the tests are killed. The kernel's settings (sysctl) and the rest of the disk are the real ones.
+/run, /etc, /tmp, /var/log and /dev/shm are its own, and so are processes: what is started, mounted or installed in it
+is gone when it ends, even if the tests are killed. Of the disk only this repository and /var/tmp can be written. The
+kernel's settings (sysctl) are the real ones.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ SYSTEMD = "/usr/lib/systemd/systemd"
 _SCENE = """
 set -e
 mount -t tmpfs -o mode=755 tmpfs /mnt
+for place; do mkdir -p "/mnt/kept$place"; mount --rbind "$place" "/mnt/kept$place"; done
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+for place; do mkdir -p "$place"; mount --rbind "/mnt/kept$place" "$place"; done
 cp -a /etc /mnt/etc
 mount --bind /mnt/etc /etc
 for place in /run /var/log; do mount -t tmpfs -o mode=755 tmpfs $place; done
 mount -t tmpfs -o mode=1777,size=100M tmpfs /dev/shm
+mount -o remount,bind,ro /
 mkdir -p -m 700 /run/user/0
 echo ready
 read -r _ || true
 """
+"""What its first process does. Its arguments are directories that stay as they are."""
 _MANAGER = f"""
 mkdir -p /run/systemd/system  # It asks whether systemd runs here.
 setsid {SYSTEMD} --user > manager.log 2>&1 &
@@ -51,7 +57,9 @@ class OwnMachine:
         (checkout / ".venv").symlink_to(sys.prefix)
         self._env = _environment(checkout, mount)
         self._managed = False
-        command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c", _SCENE]
+        kept = [ROOT, Path(sys.prefix), Path("/var/tmp"), checkout, *([mount.parent] if mount else [])]
+        unshare = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command = [*unshare, "bash", "-c", _SCENE, "bash", *map(str, kept)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"

@@ -1,11 +1,13 @@
 """mshare: named, shared pieces of address space for unmodified Linux.
 
 >>> import mshare, os
->>> region = mshare.mshare("demo", None, 2 << 20, os.O_CREAT | os.O_RDWR)  # doctest: +SKIP
->>> region.buf[:5] = b"hello"  # doctest: +SKIP
+>>> region = mshare.mshare("demo", None, 2 << 20, os.O_CREAT | os.O_RDWR)
+>>> region.buf[:5] = b"hello"
 
 Any other process that may open the name has the same memory at the same address after
-``mshare.mshare("demo", None, 0, os.O_RDWR)``.
+``mshare.mshare("demo", None, 0, os.O_RDWR)``, until
+
+>>> mshare.mshare_unlink("demo")
 """
 
 from __future__ import annotations

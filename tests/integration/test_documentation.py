@@ -113,6 +113,17 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert "populate" in (tmp_path / "reference" / "commands.html").read_text()
 
 
+def test_examples_in_docstrings_run(daemon: Daemon) -> None:
+    """The reference shows them."""
+    found = [str(path) for path in (ROOT / "client").rglob("*.py") if ">>> " in path.read_text()]
+    found += [str(path) for path in (ROOT / "msharefs").rglob("*.py") if ">>> " in path.read_text()]
+    assert str(ROOT / "client/mshare/__init__.py") in found
+    told = run(daemon.mount, sys.executable, "-m", "doctest", "-v", *found)
+    assert "+SKIP" not in told
+    assert re.search(r"^[1-9]\d* passed", told, re.MULTILINE)
+    assert leftovers(daemon.mount) == []
+
+
 def test_the_consumer_reads_what_the_dead_donor_wrote(daemon: Daemon) -> None:
     """The example of the series: two processes that never live at the same time, the same address, one text."""
     donor = run(daemon.mount, sys.executable, str(ROOT / "examples/donor.py"), "documented")
