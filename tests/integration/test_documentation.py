@@ -45,6 +45,7 @@ def huge_pages_as_before() -> Iterator[None]:
     setting.write_text(before)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("huge_pages_as_before")
 @pytest.mark.parametrize("document", SHOWN)
 def test_every_block_of_a_document_runs(daemon: Daemon, document: str, tmp_path: Path) -> None:
@@ -89,6 +90,7 @@ def follow(machine: OwnMachine, block: Block, before: str, later: list[str]) -> 
     else:
         assert block.kind == "{eval-rst}", f"{block.document}: a block of {block.kind!r} is run by nobody"
         assert block.document.startswith("docs/"), f"{block.document} is no part of the site, which Sphinx builds"
+        assert "code-block" not in block.text, f"{block.document}: nobody runs\n{block.text}"
     return ""
 
 
@@ -195,6 +197,14 @@ def test_commands_named_in_sentences_exist(document: str) -> None:
             arguments = [sys.executable, *words[1:3], "--help"]
             told = subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=PATIENCE, text=True, check=True)
             assert options(own) <= options(told.stdout), f"{document}: {own}"
+
+
+def test_figures_of_the_first_screen_are_those_of_the_table() -> None:
+    """Page tables of fifty processes: with ordinary shared memory, and here."""
+    text = (ROOT / "README.md").read_text()
+    (row,) = re.findall(r"\| page tables of 50 processes \| (\S+) MiB \| (\S+) MiB \| (\S+) MiB \|", text)
+    (claim,) = re.findall(r"pay (\S+) MiB for their page tables\. Here they\s+pay (\S+) or (\S+) MiB", text)
+    assert (claim[1], claim[2], claim[0]) == row
 
 
 def named(document: str) -> list[str]:
