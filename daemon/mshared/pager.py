@@ -116,12 +116,18 @@ class Pager:
         for fd, _ in ready:
             watched = self._handlers.get(fd)
             if watched is not None and watched[0] < now:
-                _guarded(watched[1])
+                try:
+                    watched[1]()
+                except Exception:
+                    _log_failure()
         work, self._later = self._later, []
         while self._due and self._due[0][0] <= time.monotonic():
             work.append(heapq.heappop(self._due)[2])
         for step in work:
-            _guarded(step)
+            try:
+                step()
+            except Exception:
+                _log_failure()
         return bool(ready)
 
     def close(self) -> None:
@@ -130,9 +136,6 @@ class Pager:
         self._callers.close()
 
 
-def _guarded(handler: Callable[[], None]) -> None:
+def _log_failure() -> None:
     """A handler that fails concerns one process, not the loop."""
-    try:
-        handler()
-    except Exception:
-        log.exception("pager: a handler failed (pid %d)", os.getpid())
+    log.exception("pager: a handler failed (pid %d)", os.getpid())

@@ -178,7 +178,8 @@ class Uffd:
     def copy_from(self, ar: AddrRange, source: int, *, protected: bool = False) -> None:
         """Fill ``ar`` with what this process has at ``source``; ``protected`` keeps it write-protected."""
         mode = abi.COPY_MODE_WP if protected else 0
-        _ioctl(self.fd, abi.UFFDIO_COPY, abi.COPY_STRUCT.pack(ar.start, source, ar.end - ar.start, mode, 0))
+        request = bytearray(abi.COPY_STRUCT.pack(ar.start, source, ar.end - ar.start, mode, 0))
+        fcntl.ioctl(self.fd, abi.UFFDIO_COPY, request)
 
     def copy_some(self, ar: AddrRange, source: int, *, protected: bool) -> int:
         """The same, up to the first page that is there already; how many bytes came. Raises OSError if none did."""
