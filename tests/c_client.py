@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 20.0
+PATIENCE = 60.0
 _FLAGS = "-std=c11 -O1 -g -Wall -Wextra -Wpedantic -Wshadow -Werror -pthread -fsanitize=undefined -fno-sanitize-recover"
 
 

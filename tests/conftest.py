@@ -31,7 +31,7 @@ from mshared import keeper
 
 TESTS = Path(__file__).parent
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a process of a test that has not answered is taken to hang."""
 
 Work = Callable[[], object]

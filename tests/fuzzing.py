@@ -137,7 +137,7 @@ class Fuzzer:
             self.random.choice(self.socks).close()
         self.socks = [sock for sock in self.socks if sock.fileno() >= 0]
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(self.path)
         self.socks.append(sock)
         if self.random.random() < 0.9:
@@ -198,7 +198,7 @@ class Fuzzer:
 
     def drain(self, sock: socket.socket) -> None:
         """Hear all that is owed."""
-        sock.settimeout(20)
+        sock.settimeout(60)
         while select.select([sock], [], [], 0.05)[0]:
             packet, fds, _, _ = socket.recv_fds(sock, 1 << 17, 32)
             for fd in fds:

@@ -90,7 +90,7 @@ def test_pictures_are_drawn_of_results_alone(tmp_path: Path) -> None:
     samples.add("time", "ours", 3)
     results_of(samples.measured(GROWN), samples.measured(LESS)).save(tmp_path / "found.json")
     command = [sys.executable, "-m", "benchmarks", "--render", tmp_path / "found.json", "--output", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "<svg" in (tmp_path / "picture.svg").read_text()
     assert "A quick run" in (tmp_path / "results.md").read_text()
@@ -102,7 +102,7 @@ def test_without_matplotlib_it_says_what_is_missing(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = sys.argv[2:]\n"
     code += "from benchmarks.__main__ import main; main()\n"
     command = [sys.executable, "-c", code, tmp_path, "--render", tmp_path / "found.json", "--output", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "pip install matplotlib" in done.stderr
 

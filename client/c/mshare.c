@@ -31,7 +31,9 @@
 #define FDS_MAX 4
 #define ANCHOR (1024 * 4096)
 #define TRIES 100 /* of what is to be started over, since a creator is at work, or the daemon was restarted */
+#ifndef PATIENCE
 #define PATIENCE 5000 /* milliseconds to wait for a daemon that was there before: it may be being restarted */
+#endif
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* around everything below */
 static int sock = -1;

@@ -26,7 +26,7 @@ NOTE: Final = "directories"
 """Files of the state directory: who serves, and what was made for it."""
 _MOUNT_PATIENCE: Final = 3.0
 """Seconds a mount that stands at our place may take to show that somebody serves it."""
-_KEEPER_PATIENCE: Final = 5.0
+_KEEPER_PATIENCE: Final = 20.0
 """Seconds that the keeper of a daemon which has ended may take to let the lock go."""
 _LOOK_INTERVAL: Final = 0.005
 

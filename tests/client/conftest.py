@@ -21,7 +21,7 @@ from mshare import syscalls as sc
 from mshare.cli import cli as group
 from msharefs import protocol
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 READING = ("ls", "stat", "maps", "heat", "top", "faults", "explain", "completion", "man", "doctor")
 _AS_USER = """
 import ctypes, os, sys

@@ -155,7 +155,7 @@ result = CliRunner().invoke(cli, ["doctor", "--json"])
 assert result.exit_code == 1
 print(daemon["level"], daemon["found"], daemon["cure"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("lack pyfuse3 and trio missing")
     assert "pip install 'msharefs[daemon]'" in done.stdout

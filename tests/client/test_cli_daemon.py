@@ -22,7 +22,7 @@ from mshare.cli import cli as group
 from mshare.cli import daemon as module
 
 NOBODY = 65534
-PATIENCE = 20.0
+PATIENCE = 60.0
 Mshare = Callable[..., Any]
 
 

@@ -39,7 +39,7 @@ def at_a_terminal(code: str, *, term: str = "xterm") -> str:
     """What a program says at a terminal."""
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": term, "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, "-c", AWAIT + code], stdout=slave, stderr=slave, env=env, timeout=20)
+    done = subprocess.run([sys.executable, "-c", AWAIT + code], stdout=slave, stderr=slave, env=env, timeout=60)
     os.write(slave, b"\0")
     os.close(slave)
     said = b""

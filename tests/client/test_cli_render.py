@@ -92,7 +92,7 @@ def shown_on_terminal(code: str, **env: str) -> str:
         pass  # How a terminal ends on Linux.
     finally:
         os.close(master)
-        assert process.wait(30) == 0, text
+        assert process.wait(60) == 0, text
     return text.decode().replace("\r\n", "\n")
 
 

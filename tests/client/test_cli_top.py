@@ -20,7 +20,7 @@ from mshare.cli.top import ordered, region_row, screen
 from msharefs.protocol import RegionStat
 
 NOBODY = 65534
-PATIENCE = 20.0
+PATIENCE = 60.0
 Mshare = Callable[..., Any]
 
 STAT = RegionStat(

@@ -377,7 +377,7 @@ class TestInterrupted:
 
         def interrupt(_request: object, _fds: object) -> Any:
             signal.pthread_kill(main, signal.SIGINT)
-            assert gone.wait(10)
+            assert gone.wait(60)
             return DONE, list(pipe)
 
         daemon.on[protocol.Detach] = interrupt
@@ -451,10 +451,10 @@ class TestConnections:
         """The lock is held by a thread of the parent, which the child does not have."""
         link = connect(daemon.mount)
         asked, answer = threading.Event(), threading.Event()
-        daemon.on[protocol.Detach] = lambda _request, _fds: (asked.set(), answer.wait(10), DONE)[2]
+        daemon.on[protocol.Detach] = lambda _request, _fds: (asked.set(), answer.wait(60), DONE)[2]
         thread = threading.Thread(target=link.call, args=(protocol.Detach(1), protocol.Done))
         thread.start()
-        assert asked.wait(10)
+        assert asked.wait(60)
         try:
             apart(lambda: link.call(ASK, protocol.Listing))
         finally:

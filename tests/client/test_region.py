@@ -353,12 +353,12 @@ class TestForkedChild:
         def hold() -> None:
             with region._lock, module._attached_lock:
                 held.set()
-                end.wait(20)
+                end.wait(60)
 
         thread = threading.Thread(target=hold)
         thread.start()
         try:
-            assert held.wait(10)
+            assert held.wait(60)
             apart(region.detach)
         finally:
             end.set()

@@ -14,7 +14,7 @@ import pytest
 
 from mshared import mounts
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which a process of a test is taken to hang, and is killed."""
 
 

@@ -361,7 +361,7 @@ class TestDescriptorsOfRequests:
     @staticmethod
     def wait_until_closed(reader: int) -> Awaitable[bool]:
         """Whether all other ends of the pipe are closed, soon."""
-        return trio.to_thread.run_sync(lambda: bool(select.select([reader], [], [], 10)[0]))
+        return trio.to_thread.run_sync(lambda: bool(select.select([reader], [], [], 60)[0]))
 
     def test_too_many_or_too_few_are_refused_and_closed(self, run: Any, service: FakeService) -> None:
         async def work(path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mshared.crowd import CROWD, do_for_all
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds."""
 
 

@@ -244,7 +244,7 @@ class TestMeanwhile:
 
         def read(*args: Any) -> Any:
             reading.set()
-            assert changed.wait(10)
+            assert changed.wait(60)
             return plain(*args)
 
         async def meanwhile() -> None:

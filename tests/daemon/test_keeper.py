@@ -75,7 +75,7 @@ def wait_for_end(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        assert select.select([watch], [], [], 10)[0]
+        assert select.select([watch], [], [], 60)[0]
     finally:
         os.close(watch)
 

@@ -395,7 +395,7 @@ class TestFork:
         (pid,) = processes.children_of(client.pid)
         pidfd = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 10)[0]
+        assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
         if seen_by == "sweeper":
             forking.lifetimes.sweep()
@@ -472,7 +472,7 @@ class TestFaults:
         world.attach(region, client)
         region.changing = True
         client.tell("look", region.model.ar.start)
-        assert select.select([world.pager._epoll.fileno()], [], [], 10)[0]
+        assert select.select([world.pager._epoll.fileno()], [], [], 60)[0]
         for _ in range(5):
             world.pager.drain()
         assert region.model.faults == 0

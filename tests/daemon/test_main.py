@@ -171,7 +171,7 @@ class TestWithoutFuse:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         code = "import sys; sys.modules['pyfuse3'] = None; sys.modules['trio'] = None\n"
         code += f"from mshared.__main__ import main; main({list(arguments)!r}, prog_name='mshared')"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 
     def test_help_is_there_all_the_same(self) -> None:
         done = self.run("--help")

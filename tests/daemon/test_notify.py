@@ -19,7 +19,7 @@ from mshared.notify import keep_watchdog, notify, notify_reloading, watchdog_int
 def manager() -> Iterator[socket.socket]:
     """A socket like a service manager's, not bound yet."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         yield sock
 
 

@@ -14,7 +14,7 @@ import trio.testing
 from mshared.packets import Packets, _descriptors
 from msharefs import protocol
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 Run = Callable[[Callable[[Packets], Awaitable[None]]], None]

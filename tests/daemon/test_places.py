@@ -220,7 +220,7 @@ class TestLock:
             assert keeper.stdout.readline() == b"locked\n"
             threading.Timer(0.1, keeper.kill).start()
             with places.lock(path, Path("/m"), Fate()):
-                assert keeper.wait(10) == -9
+                assert keeper.wait(60) == -9
                 assert path.read_text() == str(os.getpid())
 
     def test_one_that_never_lets_go_is_given_up(
@@ -315,7 +315,7 @@ class TestStale:
 
     def test_one_that_hangs_counts_as_served(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         end = threading.Event()
-        monkeypatch.setattr(Path, "stat", lambda _path: end.wait(10))
+        monkeypatch.setattr(Path, "stat", lambda _path: end.wait(60))
         monkeypatch.setattr(places, "_MOUNT_PATIENCE", 0.01)
         assert places._is_served(directory)
         end.set()

@@ -109,7 +109,7 @@ def test_a_service_manager_hears_of_it(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(10)
+        manager.settimeout(60)
         apart(lambda: hang_up(write_to(log), lambda: b"3 regions" in log.read_bytes()))
         assert manager.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
         assert manager.recv(1000) == b"READY=1\nSTATUS=serving"

@@ -57,7 +57,7 @@ def test_the_end_of_a_process_is_told_once(
     pager.drain()
     assert gone_regions == []
     sock.send(b".")
-    assert select.select([watched], [], [], 10)[0]
+    assert select.select([watched], [], [], 60)[0]
     os.close(watched)
     pager.drain()
     pager.drain()

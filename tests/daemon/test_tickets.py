@@ -18,7 +18,7 @@ from mshared import tickets
 from mshared.tickets import CLOSE_PATIENCE, Closer, Ticket, read_ticket
 from msharefs.errors import BadDescriptorError
 
-PATIENCE = 10
+PATIENCE = 60
 
 
 class TestReadTicket:

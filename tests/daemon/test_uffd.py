@@ -56,7 +56,7 @@ class Memory:
 
     def message(self) -> tuple[int, int, int]:
         """Flags, address and thread of the next fault reported."""
-        assert select.select([self.uffd.fd], [], [], 5)[0], "no fault is reported"
+        assert select.select([self.uffd.fd], [], [], 60)[0], "no fault is reported"
         event, flags, addr, tid = abi.PAGEFAULT_STRUCT.unpack(self.uffd.read(1))
         assert event == abi.Event.PAGEFAULT
         return flags, addr, tid
@@ -115,7 +115,7 @@ def test_a_read_takes_as_many_messages_as_asked_for_and_whole_ones_only(apart: A
         first = memory.message()
         rest = b""
         while len(rest) < 2 * abi.MESSAGE_SIZE:
-            select.select([memory.uffd.fd], [], [], 5)
+            select.select([memory.uffd.fd], [], [], 60)
             rest += memory.uffd.read()
         found = {first[1], *(abi.PAGEFAULT_STRUCT.unpack_from(rest, at)[2] for at in (0, abi.MESSAGE_SIZE))}
         assert found == {memory.page(page).start for page in range(3)}
@@ -565,7 +565,7 @@ def test_a_fork_comes_first(other_process: Other, as_root: None) -> None:
     """A fork waits for its message to be read, and all else for the fork; the message brings the child's descriptor."""
     theirs = Theirs(other_process, uffd.WANTED | abi.Feature.EVENT_FORK)
     theirs.sock.send(b"fork")
-    assert select.select([theirs.uffd.fd], [], [], 5)[0]
+    assert select.select([theirs.uffd.fd], [], [], 60)[0]
     with pytest.raises(BlockingIOError) as caught:
         theirs.uffd.zero(theirs.page, protected=False)
     assert classify(caught.value) is Outcome.RETRY

@@ -134,7 +134,7 @@ class Peer:
 
     def __init__(self, daemon: Daemon) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         self.sock.connect(str(daemon.socket))
 
     def exchange(self, packet: bytes, fds: list[int] | None = None) -> protocol.Message | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 100
+PATIENCE = 300
 TINY = {
     "touch": "touch.Plan(2 * MIB, 1, 4 * MIB)",
     "attach": "attach.Plan(1, 5, 1, 4)",

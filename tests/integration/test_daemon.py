@@ -25,14 +25,14 @@ SIGBUS = 7
 def mshared(*options: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a daemon that is not expected to serve."""
     command = [sys.executable, "-m", "mshared", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_clean_stop_leaves_nothing(start_daemon: Callable[..., Daemon], number: int) -> None:
     daemon = start_daemon()
     daemon.process.send_signal(number)
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(60) == 0
     assert mounts_below(daemon.directory) == []
     assert not daemon.state.exists()
     assert not daemon.mount.exists()
@@ -105,14 +105,14 @@ def test_an_unmount_from_outside_stops_the_daemon(start_daemon: Callable[..., Da
     daemon = start_daemon()
     subprocess.run(["umount", daemon.mount], check=True)
     daemon.mount.rmdir()  # Which takes it out of the namespaces, too, that tests beside this one may have made.
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(60) == 0
     assert mounts_below(daemon.directory) == []
 
 
 def test_a_service_manager_is_told(directory: Path) -> None:
     """READY=1 comes when the mount serves, STOPPING=1 at the end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(20)
+        manager.settimeout(60)
         manager.bind(str(directory / "notify"))
         env = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify")}
         options = ["--mount", str(directory / "m"), "--state-dir", str(directory / "s")]

@@ -320,7 +320,7 @@ class TestDaemon:
         size = pool_size()
         command = [sys.executable, "-m", "mshared", "--mount", str(tmp_path / "m"), "--state-dir", str(tmp_path / "s")]
         run = subprocess.run(
-            [*command, "--hugetlb-pool", "900G"], capture_output=True, text=True, timeout=20, check=False
+            [*command, "--hugetlb-pool", "900G"], capture_output=True, text=True, timeout=60, check=False
         )
         assert (run.returncode, "memory are free; ask for less" in run.stderr) == (1, True)
         assert pool_size() == size
@@ -344,7 +344,7 @@ class TestDaemon:
         def mshare(*words: str) -> subprocess.CompletedProcess[str]:
             env = {**os.environ, "MSHAREFS": str(hugetlb.mount)}
             command = [str(Path(sys.executable).with_name("mshare")), *words]
-            return subprocess.run(command, env=env, capture_output=True, text=True, timeout=20, check=False)
+            return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
         made = mshare("create", name, "--size", "1G", "--backing", "hugetlb")
         assert (made.returncode, made.stderr) == (0, "")

@@ -39,7 +39,7 @@ def sh(command: str, *args: object, uid: int | None = None) -> subprocess.Comple
         ["sh", "-c", command, "sh", *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
         user=uid,
         group=uid,

@@ -292,6 +292,7 @@ def test_who_unmaps_a_file_last_goes_on_when_the_file_is_complete(
     path.write_bytes(b"a" * PAGE)
     c.do(f"f = open({str(path)!r}, 'r+b'); r = mshare.mshare('r', 0x5000_0000_0000, 4 * MIB, CREATE)")
     c.do("r.mmap(PAGE, flags=mmap.MAP_SHARED | 0x10, offset=0, fd=f.fileno()); r.buf[0] = 98")
+    c.do("mshare.connection.PATIENCE = 60")  # Several are started meanwhile.
     if when == "while it writes":
         c.send(do="r.detach()")
         eventually(lambda: b"AttachmentGone" in state.read_bytes())

@@ -53,7 +53,7 @@ class Manager:
 
     def __init__(self, path: Path | None) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._sock.settimeout(20)
+        self._sock.settimeout(60)
         self._sock.bind(str(path) if path else "")
         self.address = str(path) if path else "@" + self._sock.getsockname()[1:].decode()
 
@@ -98,7 +98,7 @@ def test_it_hears_when_the_daemon_serves_reloads_and_stops(
     assert re.search(r"SIGHUP: 0 regions, 0 attachments, \d+ of \d+ descriptors open", daemon.log())
     daemon.process.send_signal(signal.SIGTERM)
     assert manager.after_watchdog() == "STOPPING=1"
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(60) == 0
 
 
 @pytest.mark.usefixtures("_needs_the_kernel")

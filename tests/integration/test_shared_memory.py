@@ -52,7 +52,7 @@ def test_cpythons_own_cases_pass(daemon: Daemon, method: str) -> None:
         pytest.skip("this Python comes without its tests (Debian: libpython3.*-testsuite)")
     command = [sys.executable, "-W", "error", str(PROGRAM), method]
     env = {**os.environ, "MSHAREFS": str(daemon.mount)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "test_shared_memory_across_processes" in done.stderr
     assert "skipped" not in done.stderr
