@@ -19,7 +19,7 @@ from typing import Final
 
 import attrs
 
-_PATIENCE: Final = 20.0
+_PATIENCE: Final = 60.0
 """Seconds to start or to stop in."""
 _PR_SET_PDEATHSIG: Final = 1
 _READY: Final = "mshared: ready: "

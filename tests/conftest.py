@@ -65,6 +65,12 @@ def fork(code):
             traceback.print_exc(); os._exit(99)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def remove_if_there(name):
+    "The name may go by itself meanwhile: its keeper has died, or the last request of one that was killed is heard."
+    try:
+        mshare.remove(name)
+    except FileNotFoundError:
+        pass
 class SigInfo(ctypes.Structure):
     _fields_ = [(field, ctypes.c_int) for field in ("signo", "errno", "code", "pad")] + [("addr", ctypes.c_uint64)]
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(SigInfo), ctypes.c_void_p)

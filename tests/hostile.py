@@ -73,7 +73,7 @@ def harmful(daemon: Daemon, c: Client, name: str) -> Iterator[Client]:
     c.kill_all()
     if (daemon.mount / name).exists():
         with contextlib.closing(Client(daemon.mount)) as root:
-            root.do(f"mshare.remove({name!r})")
+            root.do(f"remove_if_there({name!r})")
 
 
 @contextlib.contextmanager

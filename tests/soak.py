@@ -292,7 +292,7 @@ def soak(seconds: float, processes: int, seed: int) -> int:
 
 def leaked(daemon: Daemon, before: collections.Counter[str]) -> collections.Counter[str]:
     """What the daemon has open and had not before; who was killed last has a moment to be noticed."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (left := daemon.open_files() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left

@@ -26,7 +26,7 @@ def before(hugetlb: Daemon, eventually: Callable[[Callable[[], bool]], None]) ->
     with contextlib.closing(Client(hugetlb.mount)) as c:
         for name in os.listdir(hugetlb.mount):
             if not name.startswith(".") and name != "mshare_info":
-                c.do(f"mshare.remove({name!r})")
+                c.do(f"remove_if_there({name!r})")
     eventually(lambda: pool() == found)
 
 

@@ -104,5 +104,5 @@ def test_whatever_is_said_the_daemon_answers_and_others_are_well(
         assert each.did["Attached done"] > 0, "it never got as far as being attached"
     for leftover in os.listdir(daemon.mount):
         if not leftover.startswith(".") and leftover not in ("mshare_info", by.region):
-            root.do(f"mshare.remove({leftover!r})")
+            root.do(f"remove_if_there({leftover!r})")
     root.do("theirs.detach(); connect(find_mount()).forget()")

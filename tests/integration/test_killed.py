@@ -70,7 +70,7 @@ if pid == 0:
             """)
     eventually(lambda: watcher.ask("r.stat().attached") == 1)
     for leftover in [entry for entry in os.listdir(daemon.mount) if entry.startswith(f"own-{name}")]:
-        watcher.do(f"mshare.remove({leftover!r})")
+        watcher.do(f"remove_if_there({leftover!r})")
     watcher.do(f"again = mshare.mshare({name!r}, 0x7200_0000_0000, 0, RW)")
     watcher.do("r.mmap(4 * MIB, offset=0, flags=0x31); r.buf[1] = 6; again.mprotect(0, PAGE, 1); again.munmap(0, PAGE)")
     watcher.do("again.detach(); mshare.mshare_unlink(r.name)")

@@ -21,8 +21,11 @@ Start = Callable[..., Client]
 
 
 @pytest.fixture
-def file(hugetlb: Daemon, before: Pool, client: Start) -> Iterator[str]:
-    """Where a file of 1 GiB of huge pages can be opened."""
+def file(
+    hugetlb: Daemon, before: Pool, client: Start, eventually: Callable[[Callable[[], bool]], None]
+) -> Iterator[str]:
+    """Where a file of 1 GiB of huge pages can be opened. It is the only one that is shared."""
+    eventually(lambda: os.listdir(hugetlb.mount / ".regions" / ".files") == [])
     c = client(hugetlb)
     c.do("f = os.memfd_create('huge', os.MFD_HUGETLB | os.MFD_HUGE_2MB); os.ftruncate(f, GIB)")
     yield f"/proc/{c.pid}/fd/{c.ask('f')}"
