@@ -15,7 +15,7 @@ from types import TracebackType
 
 from documents import ROOT
 
-PATIENCE = 100
+PATIENCE = 180
 SYSTEMD = "/usr/lib/systemd/systemd"
 _SCENE = """
 set -e

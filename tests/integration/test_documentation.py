@@ -24,7 +24,7 @@ pytestmark = pytest.mark.pool
 PACKETS = "docs/protocol.md"
 """Its blocks are packets; tests/core/test_protocol_document.py has each of them."""
 SHOWN = sorted({document for document in documents() if blocks(document)} - {PACKETS})
-PATIENCE = 90
+PATIENCE = 120
 _STARTS_ONE = re.compile(r"mshare up|enable --now mshared")
 
 
