@@ -67,6 +67,10 @@ def vmas_not_merged(mm: HostMm) -> None:
     put_vma(mm, Vma(pages(1200, 1300), Prot.NONE))
 
 
+def vma_filed_elsewhere(mm: HostMm) -> None:
+    mm.vmas._starts[1] = Address(mm.vmas._starts[1] - PAGE_SIZE)
+
+
 def tables_miscounted(mm: HostMm) -> None:
     mm.table.tables[1] += 1
 
@@ -149,6 +153,7 @@ VIOLATIONS: dict[Callable[[HostMm], None], str] = {
     vma_outside: "is not made of pages of",
     vmas_over_each_other: "overlap",
     vmas_not_merged: "are not merged",
+    vma_filed_elsewhere: "is not found where it is",
     tables_miscounted: "page tables count",
     pages_miscounted: "page tables count",
     leaves_miscounted: "page tables count",

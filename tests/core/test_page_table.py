@@ -319,6 +319,23 @@ def test_change_flags_of_a_whole_huge_leaf_leaves_it_whole() -> None:
     assert table.huge_pages == 1
 
 
+def test_change_flags_of_many_leaves_changes_the_tables_and_the_holes_between_them_alike() -> None:
+    """Huge leaves beside small pages and nothing, with a part of a leaf at each end."""
+    table = PageTable()
+    for first in (0, 512, 1536, 2560):
+        table.set(at(first), huge(first))
+    table.set(at(1100), small(1100))
+    table.change_flags(pages(500, 2600), add=WP, drop=WRITE)
+    for page in range(3072):
+        there = page < 1024 or page == 1100 or 1536 <= page < 2048 or page >= 2560
+        pte = table.walk(at(page))
+        assert (pte is not None) == there
+        if pte is not None:
+            assert pte.flags & (WRITE | WP) == (WP if 500 <= page < 2600 else WRITE)
+    assert table.huge_pages == 2
+    check_counts(table)
+
+
 def test_change_flags_of_a_part_of_a_huge_leaf_splits_it() -> None:
     table = PageTable()
     table.set(at(0), huge(512))
