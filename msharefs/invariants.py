@@ -19,10 +19,10 @@ def check_mm(mm: HostMm) -> None:
     """Raise InternalError with the first thing that is wrong.
 
     VMAs: whole pages, inside the region, ordered, apart, merged, and found by address. Tables: counts as recounted.
-    Installed is within asked: every page lies in a VMA that may be touched, writable only where the VMA is, in the frame
-    of its index; a 2 MiB leaf has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those of them that are
-    writable. Clean are pages of reference pages only, protected, and in their own store. Frames of others' stores are
-    for members that have their first touches reported, and not for shared files.
+    Installed is within asked: every page lies in a VMA that may be touched, writable only where the VMA is, in the
+    frame of its index; a 2 MiB leaf has a frame at a border of 2 MiB. Dirty are pages of shared files only, and those
+    of them that are writable. Clean are pages of reference pages only, protected, and in their own store. Frames of
+    others' stores are for members that have their first touches reported, and not for shared files.
     """
     _check_vmas(mm)
     _check_counts(mm)
