@@ -35,7 +35,7 @@ class ArmingRule:
         if vma is None:
             return Arming.MISSING
         arming = vma.arming()
-        if self.forked is not Arming.NATIVE and not vma.reaches_file and vma.prot.touchable:
+        if self.forked is not Arming.NATIVE and not vma.reaches_file and vma.prot.accessible:
             arming |= self.forked
         return arming | Arming.MISSING if self.paging_all else arming
 

@@ -44,7 +44,7 @@ def _stores(mm: HostMm, parts: Iterable[AddrRange]) -> Iterator[AddrRange]:
     """Where in some parts somebody may store to what is no file's."""
     for part in parts:
         for vma in mm.vmas.overlapping(part):
-            if vma.prot.storable and not vma.reaches_file:
+            if vma.prot.writable and not vma.reaches_file:
                 yield vma.clipped(part).ar
 
 

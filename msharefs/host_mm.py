@@ -155,15 +155,15 @@ class HostMm:
         for vma in self.vmas.overlapping(ar):
             check_store(vma.source, prot)
         before = self.rule.around(self.vmas, ar)
-        moves = [] if prot.storable else [*self.write_back(ar), *self._protect(ar)]
-        if not prot.touchable:
+        moves = [] if prot.writable else [*self.write_back(ar), *self._protect(ar)]
+        if not prot.accessible:
             moves += clean_pages.drop(self, ar)
         for vma in self.vmas.remove(ar):
             moves += moves_of_contents(vma, prot)
             self.vmas.insert(vma.protected(prot))
         self._follow_prot(ar, prot)
         # A store after the contents were copied and before their pages are gone would be lost.
-        return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot.touchable else Arming.WP)
+        return self.rule.rearm(self.vmas, ar, before, moves, also=Arming.NATIVE if prot.accessible else Arming.WP)
 
     def madvise_remove(self, ar: AddrRange) -> list[Change]:
         """Have zeros in ``ar``, or what reference pages say, and its memory back (compare mm/madvise.c:madvise_remove).
@@ -333,11 +333,11 @@ class HostMm:
 
         One that reaches a file stays protected until it is stored to, and so does one that relatives may refer to.
         """
-        if prot.storable:
+        if prot.writable:
             for vma in self.vmas.overlapping(ar):
                 for run in () if vma.tracks_stores else self._native_stores(vma.clipped(ar)):
                     self.table.change_flags(run, add=PteFlag.WRITE, drop=PteFlag.UFFD_WP)
-        elif prot.touchable:
+        elif prot.accessible:
             self.table.change_flags(ar, add=PteFlag.UFFD_WP, drop=PteFlag.WRITE)
         else:
             self.table.clear_range(ar)

@@ -369,7 +369,7 @@ class PageTable:
         for piece in pieces(table, ar):
             index = entry_index(piece.start, table.level)
             below = table.entries[index]
-            if isinstance(below, int) and piece.size == PMD_SIZE:
+            if isinstance(below, int) and piece.size == PMD_SIZE:  # A whole leaf: changed above.
                 continue
             if not isinstance(below, int) and below.refs > 1 and _protects(add, less):
                 continue

@@ -17,19 +17,19 @@ class Prot(enum.IntFlag):
     EXEC = 4
 
     @property
-    def storable(self) -> bool:
+    def writable(self) -> bool:
         """Whether it lets stores through."""
-        return int.__and__(self, 2) != 0  # On plain integers, as below: an enum's own & takes ten times as long.
+        return int.__and__(self, _WRITE) != 0  # On plain integers, as below: an enum's own & takes ten times as long.
 
     @property
-    def touchable(self) -> bool:
+    def accessible(self) -> bool:
         """Whether it lets any access through that a region can have."""
-        return int.__and__(self, 3) != 0
+        return int.__and__(self, _ANY) != 0
 
     @property
     def executable(self) -> bool:
         """Whether it lets anybody execute, which no region does."""
-        return int.__and__(self, 4) != 0
+        return int.__and__(self, _EXEC) != 0
 
     def as_text(self) -> str:
         """``rw-`` and its like, as in /proc/PID/maps."""
@@ -40,6 +40,7 @@ PROT_RW = Prot.READ | Prot.WRITE
 
 
 _WRITE: Final = int(Prot.WRITE)
+_EXEC: Final = int(Prot.EXEC)
 _ANY: Final = int(PROT_RW)
 
 

@@ -18,7 +18,7 @@ MAX_FILE_SIZE: Final = (1 << 63) - PAGE_SIZE
 
 def check_store(source: Source | None, prot: Prot) -> None:
     """A store to a shared mapping must be able to reach the file."""
-    if isinstance(source, FileSource) and source.shared and prot.storable and not source.writable:
+    if isinstance(source, FileSource) and source.shared and prot.writable and not source.writable:
         raise AccessDeniedError("the file was not opened for writing; open it O_RDWR, or map it MAP_PRIVATE")
 
 
@@ -52,7 +52,7 @@ def moves_of_contents(vma: Vma, prot: Prot) -> list[Change]:
 
     What nobody may touch waits in the stash; of a shared file, in the file.
     """
-    hides, shows = not prot.touchable, not vma.prot.touchable
+    hides, shows = not prot.accessible, not vma.prot.accessible
     if hides == shows:
         return []
     if vma.reaches_file:

@@ -79,7 +79,7 @@ class Vma:
 
     @reports_stores.default
     def _reports_stores(self) -> bool:
-        return self.tracks_stores or not self.prot.storable
+        return self.tracks_stores or not self.prot.writable
 
     @property
     def file(self) -> FileSource | None:
@@ -144,7 +144,7 @@ class Vma:
         Read-write memory needs none. Of a file, or a reference page, it fills each page; of a shared file it must know
         which were stored to, and of a reference page which were not.
         """
-        if not self.prot.touchable:
+        if not self.prot.accessible:
             return Arming.MISSING
         return _arming(self.reports_stores, self.source is not None, isinstance(self.source, RefPage))
 

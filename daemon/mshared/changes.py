@@ -173,7 +173,7 @@ class Changes:
         prot = checked_prot(request.prot)
         _check_writer(live)
         live.region.model.mm.check_mapped(ar)
-        if prot.touchable:
+        if prot.accessible:
             live.region.reserve(ar, hidden=True)
         else:
             await live.region.family.make_way(live.region.model.mm, ar, bring=True)
@@ -182,7 +182,7 @@ class Changes:
             ar,
             lambda: live.region.model.mm.mprotect(ar, prot),
             lambda: (ar, protocol.Done()),
-            cleared=not prot.touchable,
+            cleared=not prot.accessible,
         )
         await refill(live.region, ar, self._read_events)
 

@@ -334,7 +334,7 @@ class LiveRegion:
         ``hidden``: only for what nobody may touch.
         """
         for vma in self.model.mm.vmas.overlapping(ar):
-            if hidden and vma.prot.touchable:
+            if hidden and vma.prot.accessible:
                 continue
             self.backing.reserve(vma.clipped(ar).ar.moved(-self.model.ar.start))
 

@@ -34,6 +34,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.mount = MOUNT
         self.fork_events = True
+        self.answered_before = False  # A daemon before this one has carried out the request.
         self.asked: list[tuple[object, int]] = []
         self.replies: dict[type, Any] = {
             protocol.Mmap: protocol.Placed(2 * PAGE_SIZE),
@@ -48,7 +49,7 @@ class FakeLink:
         fds: tuple[int, ...] = (),
         meanwhile: Callable[[], object] | None = None,
     ) -> object:
-        if meanwhile is not None:
+        if meanwhile is not None and not self.answered_before:
             meanwhile()
         self.asked.append((request, len(fds)))
         reply = self.replies.get(type(request), protocol.Done())
@@ -367,3 +368,17 @@ class TestForkedChild:
 
 def _none_stands() -> None:
     assert sc.own_mappings(BASE, BASE + SIZE) == []
+
+
+@pytest.mark.parametrize("answered_before", [False, True])
+def test_the_umask_is_heeded_whoever_has_answered_a_fork(
+    link: FakeLink, region: Region, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answered_before: bool
+) -> None:
+    """What it takes from others is never given; what it takes from the owner is taken at the end."""
+    (tmp_path / "own").touch(mode=0o600)
+    link.mount, link.answered_before = tmp_path, answered_before
+    monkeypatch.setattr(sc, "umask", lambda: 0o277)
+    region.fork("own", 0o600)
+    region.fork("others", 0o660)
+    assert [request.mode for request in link.requests() if isinstance(request, protocol.Fork)] == [0o600, 0o400]
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o400
