@@ -7,7 +7,7 @@ from typing import Final
 
 import attrs
 
-from msharefs.addr import Address, AddrRange, round_down
+from msharefs.addr import PAGE_SIZE, Address, AddrRange, round_down
 from msharefs.perms import Advice
 
 MOST: Final = 2 << 20
@@ -16,18 +16,56 @@ _WHILE_SHORT: Final = MOST // 2
 """Bytes at most while a stream has not had ``MOST`` yet: few of them are for nothing if it ends."""
 _GROWTH: Final = 3
 """How much more comes than has come so far."""
+_TRUST: Final = 8
 _REMEMBERED: Final = 128
 _MOST_STEPS: Final = 64
+
+
+@attrs.define(eq=False)
+class _Stream:
+    """What somebody touches in order: how much has come, how much is expected, and whether more than a first piece.
+
+    ``trusted`` is how many more streams may have all that is expected at once, without going on to show it.
+    """
+
+    had: int = 0
+    expected: int = 0
+    went_on: bool = False
+    trusted: int = 0
+
+    @property
+    def shown(self) -> int:
+        """How much the next one may be expected to take: of a first piece nobody knows how much was touched."""
+        return self.had if self.went_on or self.had >= self.expected > 0 else 0
+
+    def size(self) -> int:
+        """How much comes next: at first nothing but the page, or the greater part of what is expected.
+
+        Where that is a huge page or more, all of it: the rest would be 4 KiB at a time.
+        """
+        if not self.had:
+            whole = self.trusted and self.expected >= MOST
+            return MOST if whole else min(round_down(self.expected * 3 // 4, PAGE_SIZE), MOST)
+        if self.had < self.expected:
+            return min(self.expected - self.had, MOST)
+        return MOST if self.had >= MOST else min(_GROWTH * self.had, _WHILE_SHORT)
+
+    def goes_on(self) -> None:
+        """Somebody has come to the end of what there was."""
+        self.went_on, self.trusted = True, _TRUST
 
 
 @attrs.define
 class Streams:
     """Where pages are loaded, or stored to, in order: where each such stream ended, and how much it has had so far.
 
-    A page that is touched on its own brings no other; who goes on where a piece ended brings ever more at once.
+    A page that is touched on its own brings no other; who goes on where a piece ended brings ever more at once. When
+    two in a row have come to something, the third is expected to come to as much as the lesser of them: one mapping
+    after the other is filled like that. If it does not, or after ``_TRUST`` that nobody saw go on, that ends.
     """
 
-    _ends: OrderedDict[Address, int] = attrs.Factory(OrderedDict)
+    _ends: OrderedDict[Address, _Stream] = attrs.Factory(OrderedDict)
+    _newest: tuple[_Stream, _Stream] = attrs.Factory(lambda: (_Stream(), _Stream()))
     _last: int = 0
     _step: int = 0
     _ahead: int = 0
@@ -47,25 +85,32 @@ class Streams:
 
     def came(self, page: AddrRange) -> None:
         """A page came before it was touched: who goes on behind it goes on in order."""
-        self._ends[page.end] = page.size
+        self._ends[page.end] = _Stream(page.size)
 
     def piece(self, page: AddrRange, free: AddrRange, advice: Advice) -> AddrRange:
         """What a touch of ``page`` brings of ``free``, from it on. Preconditions: ``free`` covers ``page``."""
-        before = self._ends.pop(page.start, 0)
+        stream = self._ends.pop(page.start, None)
         if advice is Advice.RANDOM:
             return page
-        end = Address(min(page.start + _size(before, advice), free.end))
-        if advice is Advice.SEQUENTIAL or before >= MOST:
+        if stream is None:
+            stream = self._started()
+        else:
+            stream.goes_on()
+        size = MOST if advice is Advice.SEQUENTIAL else stream.size()
+        end = Address(min(page.start + size, free.end))
+        if size == MOST:
             end = min(end, Address(round_down(page.start, MOST) + MOST))
         end = max(end, page.end)
-        self._ends[end] = before + end - page.start
+        stream.had += end - page.start
+        self._ends[end] = stream
         while len(self._ends) > _REMEMBERED:
             self._ends.popitem(last=False)
         return AddrRange(page.start, end)
 
-
-def _size(before: int, advice: Advice) -> int:
-    """How much comes after so much: with a stream that starts, nothing but the page."""
-    if advice is Advice.SEQUENTIAL or before >= MOST:
-        return MOST
-    return min(_GROWTH * before, _WHILE_SHORT)
+    def _started(self) -> _Stream:
+        """A stream that starts."""
+        before, last = self._newest
+        trusted = max(0, min(before.trusted, last.trusted) - 1)
+        stream = _Stream(expected=min(before.shown, last.shown), trusted=trusted)
+        self._newest = last, stream
+        return stream

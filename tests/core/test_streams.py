@@ -9,7 +9,7 @@ from msharefs.perms import Advice
 from msharefs.streams import MOST, Streams
 
 BASE = 32 << 40
-FREE = AddrRange.sized(BASE, 16 * MOST)
+FREE = AddrRange.sized(BASE, 256 * MOST)
 
 
 def page(offset: int) -> AddrRange:
@@ -95,6 +95,55 @@ def test_a_huge_page_comes_alone() -> None:
     for _ in range(3):
         assert streams.piece(huge, FREE, Advice.NORMAL) == huge
         huge = huge.moved(PMD_SIZE)
+
+
+@pytest.mark.parametrize("length", [40 * PAGE_SIZE, 500 * PAGE_SIZE, MOST, 1000 * PAGE_SIZE])
+def test_what_two_streams_came_to_is_expected_of_the_third(length: int) -> None:
+    streams = Streams()
+    first, second, third = (sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + length) for number in (0, 1, 2))
+    assert first == second
+    assert len(third) <= 2 < len(second)
+    assert sum(third) <= sum(second)
+
+
+def test_what_is_expected_is_given_up_when_it_does_not_come() -> None:
+    streams = Streams()
+    for number in range(2):
+        sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + MOST // 2)
+    expected = [streams.piece(page((2 + number) * 4 * MOST), FREE, Advice.NORMAL).size for number in range(3)]
+    assert expected[0] >= MOST // 4
+    assert expected[1:] == [PAGE_SIZE, PAGE_SIZE]
+
+
+def test_huge_pages_come_whole_and_whether_they_are_used_is_seen_from_time_to_time() -> None:
+    streams = Streams()
+    for number in range(2):
+        sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + MOST)
+    first = [streams.piece(page((2 + number) * 4 * MOST), FREE, Advice.NORMAL).size for number in range(10)]
+    assert first == [MOST] * 7 + [3 * MOST // 4, PAGE_SIZE, PAGE_SIZE]
+
+
+def test_a_huge_page_that_is_used_is_trusted_again() -> None:
+    streams = Streams()
+    pieces = [sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + MOST) for number in range(30)]
+    assert [len(sizes) for sizes in pieces[2:9]] == [1] * 7
+    assert [len(sizes) for sizes in pieces[2:]].count(1) >= 20
+    assert all(sum(sizes) == MOST for sizes in pieces)
+
+
+def test_nothing_is_expected_after_one_stream() -> None:
+    streams = Streams()
+    sizes_in_order(streams, 0, MOST)
+    assert sizes_in_order(streams, 4 * MOST, 4 * MOST + PAGE_SIZE) == [PAGE_SIZE]
+    assert sizes_in_order(streams, 8 * MOST, 8 * MOST + PAGE_SIZE) == [PAGE_SIZE]
+
+
+def test_the_lesser_of_two_streams_is_what_is_expected() -> None:
+    streams = Streams()
+    sizes_in_order(streams, 0, MOST)
+    short = sum(sizes_in_order(streams, 4 * MOST, 4 * MOST + 16 * PAGE_SIZE))
+    assert streams.piece(page(8 * MOST), FREE, Advice.NORMAL).size < short
+    assert streams.piece(page(12 * MOST), FREE, Advice.NORMAL).size == PAGE_SIZE
 
 
 def steps(streams: Streams, offset: int) -> list[int]:
