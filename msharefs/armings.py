@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import attrs
 
@@ -15,6 +15,8 @@ from msharefs.vma_set import VmaSet
 
 Armed = list[tuple[AddrRange, Arming]]
 """Ranges in order, each armed in one way."""
+Part = tuple[Address, Address, Arming]
+"""From where to where, and how armed: many are compared for each range that is made in the end."""
 
 
 @attrs.frozen
@@ -61,19 +63,55 @@ class ArmingRule:
         mapped = vmas.overlapping(area)
         if not mapped or mapped[0].ar.covers(area):
             return [(ar, self.of(mapped[0] if mapped else None))]
-        parts = [(hole, self.of(None)) for hole in vmas.holes(area)]
-        parts += [(inside, self.of(vma)) for vma in mapped if (inside := vma.ar.intersect(area)) is not None]
-        parts.sort(key=lambda part: part[0].start)
-        paged = united(self.granules(part) for part, arming in parts if arming & Arming.MISSING)
+        parts = self._parts(mapped, area)
+        if not all(arming & Arming.MISSING for _, _, arming in parts):
+            parts = self._paged(parts)
         merged: Armed = []
-        for piece, arming in page_within(parts, paged):
-            inside = piece.intersect(ar)
-            if inside is None:
+        first, until = ar.start, ar.end
+        for start, end, arming in parts:
+            if end <= first or start >= until:
                 continue
+            start, end = max(start, first), min(end, until)
             if merged and merged[-1][1] == arming:
-                inside = AddrRange(merged.pop()[0].start, inside.end)
-            merged.append((inside, arming))
+                start = merged.pop()[0].start
+            merged.append((AddrRange(start, end), arming))
         return merged
+
+    def _parts(self, mapped: list[Vma], area: AddrRange) -> list[Part]:
+        """What is mapped in ``area``, and the holes between, each as it would be armed alone."""
+        found = []
+        at, hole = area.start, self.of(None)
+        for vma in mapped:
+            start, end = vma.ar.start, min(vma.ar.end, area.end)
+            if start > at:
+                found.append((at, start, hole))
+                at = start
+            found.append((at, end, self.of(vma)))
+            at = end
+        if at < area.end:
+            found.append((at, area.end, hole))
+        return found
+
+    def _paged(self, parts: list[Part]) -> list[Part]:
+        """The same with MISSING added throughout each granule that has it in any part."""
+        size = self.granule
+        borders: list[int] = []
+        for start, end, arming in parts:
+            if arming & Arming.MISSING:
+                first, last = round_down(start, size), round_up(end, size)
+                if borders and first <= borders[-1]:
+                    borders[-1] = last
+                else:
+                    borders += first, last
+        found = []
+        for start, end, arming in parts:
+            inside = bisect_right(borders, start)
+            while inside < len(borders) and borders[inside] < end:
+                between = Address(borders[inside])
+                found.append((start, between, arming | Arming.MISSING if inside % 2 else arming))
+                start, inside = between, inside + 1
+            found.append((start, end, arming | Arming.MISSING if inside % 2 else arming))
+        return found
 
     def around(self, vmas: VmaSet, ar: AddrRange) -> Armed:
         """How the granules of ``ar`` are armed."""
@@ -87,15 +125,17 @@ class ArmingRule:
         While contents move, what was reported before and what is from now on are reported both (and in ``ar`` what
         ``also`` says): nobody slips in with a rule that neither the old mapping nor the new one has.
         """
-        first: list[Arm] = []
-        last: list[Arm] = []
-        for piece, old, new in changes(before, self.around(vmas, ar), [ar.start, ar.end]):
-            between = old | new | (also if ar.covers(piece) else Arming.NATIVE) if moves else new
+        first: list[Part] = []
+        last: list[Part] = []
+        for start, end, old, new in changes(before, self.around(vmas, ar), [ar.start, ar.end]):
+            between = new
+            if moves:
+                between |= old | also if ar.start <= start and end <= ar.end else old
             if between != old:
-                first.append(Arm(piece, between))
+                _join(first, (start, end, between))
             if new != between:
-                last.append(Arm(piece, new))
-        return [*joined(first), *moves, *joined(last)]
+                _join(last, (start, end, new))
+        return [*_arms(first), *moves, *_arms(last)]
 
     def holes_beside_memory(self, vmas: VmaSet) -> list[AddrRange]:
         """The parts of holes that share a granule with memory, in order."""
@@ -104,19 +144,20 @@ class ArmingRule:
         return [hole for edge in inside if edge is not None for hole in vmas.holes(edge)]
 
 
-def joined(arms: Iterable[Arm]) -> list[Arm]:
-    """The same with neighbours that are armed alike as one. Preconditions: they are in order.
+def _join(parts: list[Part], part: Part) -> None:
+    """Add a part behind others, as one with the last if that goes on alike.
 
     Each border that is armed splits every process's window, and hugetlb memory that was split inside its GiB never
     shares that table again (compare hugetlb_split).
     """
-    found: list[Arm] = []
-    for arm in arms:
-        if found and found[-1].arming == arm.arming and found[-1].ar.end == arm.ar.start:
-            found[-1] = Arm(AddrRange(found[-1].ar.start, arm.ar.end), arm.arming)
-        else:
-            found.append(arm)
-    return found
+    start, end, arming = part
+    if parts and parts[-1][1:] == (start, arming):
+        start = parts.pop()[0]
+    parts.append((start, end, arming))
+
+
+def _arms(parts: list[Part]) -> list[Arm]:
+    return [Arm(AddrRange(start, end), arming) for start, end, arming in parts]
 
 
 def cut(ar: AddrRange, borders: list[Address]) -> Iterator[AddrRange]:
@@ -125,27 +166,20 @@ def cut(ar: AddrRange, borders: list[Address]) -> Iterator[AddrRange]:
     return (AddrRange(start, end) for start, end in itertools.pairwise([ar.start, *inner, ar.end]))
 
 
-def page_within(parts: list[tuple[AddrRange, Arming]], paged: list[AddrRange]) -> Iterator[tuple[AddrRange, Arming]]:
-    """``parts`` cut at the borders of ``paged``, within which MISSING is added. Preconditions: both are in order."""
-    borders = [border for ar in paged for border in (ar.start, ar.end)]
-    for part, arming in parts:
-        for piece in cut(part, borders):
-            inside = bisect_right(borders, piece.start) % 2
-            yield piece, arming | Arming.MISSING if inside else arming
+def changes(before: Armed, after: Armed, borders: list[Address]) -> Iterator[tuple[Address, Address, Arming, Arming]]:
+    """Pieces (from, to) armed in one way before and in one way after, in order, cut at ``borders`` too.
 
-
-def changes(before: Armed, after: Armed, borders: list[Address]) -> Iterator[tuple[AddrRange, Arming, Arming]]:
-    """Pieces armed in one way before and in one way after, cut at ``borders`` too. Both lists cover the same range."""
-    was, now = iter(before), iter(after)
-    old_ar, old = next(was)
-    new_ar, new = next(now)
-    while True:
-        common = old_ar.intersect(new_ar)
-        assert common is not None
-        yield from ((piece, old, new) for piece in cut(common, borders))
-        if common.end == before[-1][0].end:
-            return
-        if old_ar.end == common.end:
-            old_ar, old = next(was)
-        if new_ar.end == common.end:
-            new_ar, new = next(now)
+    Preconditions: both cover the same range.
+    """
+    olds, news = iter(before), iter(after)
+    (old_ar, old), (new_ar, new) = next(olds), next(news)
+    at, until = old_ar.start, before[-1][0].end
+    cuts = {border for border in borders if at < border < until}
+    cuts.update(ar.end for ar, _ in (*before, *after))
+    for end in sorted(cuts):
+        yield at, end, old, new
+        at = end
+        if end == old_ar.end != until:
+            old_ar, old = next(olds)
+        if end == new_ar.end != until:
+            new_ar, new = next(news)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import NewType
+from typing import Final, NewType
 
 import attrs
 
@@ -26,6 +26,17 @@ class Arming(enum.IntFlag):
     MISSING = 1
     WP = 2
     WP_CLEAN = 8
+
+    def __or__(self, other: int) -> Arming:
+        """Both. As below, by looking it up: an enum's own way takes ten times as long."""
+        return _ARMINGS[int.__or__(self, other)]
+
+    def __and__(self, other: int) -> Arming:
+        """What both report."""
+        return _ARMINGS[int.__and__(self, other)]
+
+
+_ARMINGS: Final = [Arming(bits) for bits in range(sum(Arming) + 1)]
 
 
 @attrs.frozen

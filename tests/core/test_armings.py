@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from msharefs.addr import PAGE_SIZE, AddrRange, united
-from msharefs.armings import Armed, changes, cut, page_within
-from msharefs.vma import Arming
+from msharefs.armings import Armed, ArmingRule, changes, cut
+from msharefs.perms import PROT_RW, Prot
+from msharefs.vma import Arming, Vma
+from msharefs.vma_set import VmaSet
 
 NATIVE, MISSING, WP = Arming.NATIVE, Arming.MISSING, Arming.WP
 
@@ -46,28 +48,48 @@ def test_a_range_is_cut_at_the_borders_inside_it(borders: list[int], expected: l
     assert list(cut(pages(2, 8), addresses)) == [pages(*ar) for ar in expected]
 
 
-def test_within_paged_ranges_missing_is_added() -> None:
-    parts = [(pages(0, 4), NATIVE), (pages(4, 6), WP), (pages(6, 10), NATIVE)]
-    assert list(page_within(parts, [pages(2, 5), pages(9, 10)])) == [
-        (pages(0, 2), NATIVE),
-        (pages(2, 4), MISSING),
-        (pages(4, 5), MISSING | WP),
-        (pages(5, 6), WP),
-        (pages(6, 9), NATIVE),
-        (pages(9, 10), MISSING),
+def armed(first: int, end: int, arming: Arming) -> tuple[int, int, Arming]:
+    return first * PAGE_SIZE, end * PAGE_SIZE, arming
+
+
+def mapped(*vmas: tuple[int, int, Prot]) -> VmaSet:
+    found = VmaSet()
+    for first, end, prot in vmas:
+        found.insert(Vma(pages(first, end), prot))
+    return found
+
+
+def test_what_shares_a_granule_with_a_hole_is_paged() -> None:
+    rule = ArmingRule(pages(0, 16), 4 * PAGE_SIZE, paging_all=False)
+    vmas = mapped((0, 6, PROT_RW), (6, 9, Prot.READ), (11, 16, PROT_RW))
+    assert rule.over(vmas, pages(0, 16)) == [
+        (pages(0, 6), NATIVE),
+        (pages(6, 8), WP),
+        (pages(8, 9), MISSING | WP),
+        (pages(9, 12), MISSING),
+        (pages(12, 16), NATIVE),
+    ]
+    assert rule.over(vmas, pages(7, 13)) == [
+        (pages(7, 8), WP),
+        (pages(8, 9), MISSING | WP),
+        (pages(9, 12), MISSING),
+        (pages(12, 13), NATIVE),
     ]
 
 
-def test_nothing_paged_changes_nothing() -> None:
-    assert list(page_within([(pages(0, 4), WP)], [])) == [(pages(0, 4), WP)]
+def test_without_holes_nothing_is_paged() -> None:
+    rule = ArmingRule(pages(0, 16), 4 * PAGE_SIZE, paging_all=False)
+    vmas = mapped((0, 6, PROT_RW), (6, 16, Prot.READ))
+    assert rule.over(vmas, pages(0, 16)) == [(pages(0, 6), NATIVE), (pages(6, 16), WP)]
 
 
 def test_changes_pair_what_was_with_what_is_cut_at_borders_too() -> None:
     before: Armed = [(pages(0, 4), NATIVE), (pages(4, 10), MISSING)]
     after: Armed = [(pages(0, 2), WP), (pages(2, 10), MISSING)]
-    assert list(changes(before, after, [pages(6, 7).start])) == [
-        (pages(0, 2), NATIVE, WP),
-        (pages(2, 4), NATIVE, MISSING),
-        (pages(4, 6), MISSING, MISSING),
-        (pages(6, 10), MISSING, MISSING),
+    borders = [pages(0, 1).start, pages(6, 7).start, pages(10, 11).start]
+    assert [(*armed(start // PAGE_SIZE, end // PAGE_SIZE, old), new) for start, end, old, new in changes(before, after, borders)] == [
+        (*armed(0, 2, NATIVE), WP),
+        (*armed(2, 4, NATIVE), MISSING),
+        (*armed(4, 6, MISSING), MISSING),
+        (*armed(6, 10, MISSING), MISSING),
     ]
