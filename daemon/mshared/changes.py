@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import os
 import stat
@@ -61,8 +62,8 @@ class Changes:
 
     async def mmap(self, live: LiveAttachment, request: protocol.Mmap, file: int | None) -> protocol.Placed:
         """Map anonymous memory, a file or a reference page, at an offset or in a gap (compare mmap(2))."""
-        flags = _checked_flags(request.flags, file)
-        refpage = self._refpage(request.refpage, flags)
+        wanted = _checked_flags(request.flags, file=file is not None)
+        refpage = self._refpage(request.refpage, wanted=wanted.refpage)
         if request.file_offset < 0 or request.file_offset % PAGE_SIZE:
             raise InvalidArgumentError(f"file offset {request.file_offset} is not a multiple of {PAGE_SIZE}")
         opened = None if file is None else await open_file(file)
@@ -70,14 +71,14 @@ class Changes:
             if request.offset is not None:
                 ar = live.region.model.range_at(request.offset, request.length)
                 await self._flush(live, ar)
-                if flags & MapFlag.FIXED:
+                if wanted.replace:
                     await live.region.family.make_way(live.region.model.mm, ar)
         except BaseException:
             if opened is not None:
                 let_go(opened.fd, opened.magic)
             raise
         try:
-            placed = self._mmap(live, request, flags, opened or refpage)
+            placed = self._mmap(live, request, wanted, opened or refpage)
             model = live.region.model
             await refill(live.region, model.range_at(placed.offset, request.length), self._read_events)
         finally:
@@ -85,21 +86,19 @@ class Changes:
         return placed
 
     def _mmap(
-        self, live: LiveAttachment, request: protocol.Mmap, flags: MapFlag, shows: Opened | RefPage | None
+        self, live: LiveAttachment, request: protocol.Mmap, wanted: _Wanted, shows: Opened | RefPage | None
     ) -> protocol.Placed:
         source: Source | None = None
         added: list[rec.Record] = []
         if isinstance(shows, Opened):
             number = live.region.add_file(shows.fd, shows.magic)
             added.append(book.file_is(live.region, number))
-            source = FileSource(number, request.file_offset, bool(flags & MapFlag.SHARED), shows.writable)
+            source = FileSource(number, request.file_offset, wanted.shared, shows.writable)
         else:
             source = shows
         model = live.region.model
         ar = None if request.offset is None else model.range_at(request.offset, request.length)
-        replace = bool(flags & MapFlag.FIXED) and not flags & MapFlag.FIXED_NOREPLACE
-        fixed = replace or bool(flags & MapFlag.FIXED_NOREPLACE)
-        if fixed and ar is None:
+        if wanted.fixed and ar is None:
             raise InvalidArgumentError("MAP_FIXED needs an offset")
         place: list[AddrRange] = []
 
@@ -108,8 +107,8 @@ class Changes:
                 ar,
                 request.length,
                 checked_prot(request.prot),
-                fixed=fixed,
-                replace=replace,
+                fixed=wanted.fixed,
+                replace=wanted.replace,
                 align=min(model.mm.granule, PMD_SIZE),
                 source=source,
                 reserve=lambda ar: live.region.backing.reserve(ar.moved(-model.ar.start)),
@@ -117,7 +116,7 @@ class Changes:
             place.append(at)
             return effects
 
-        if ar is not None and replace and source is not None:
+        if ar is not None and wanted.replace and source is not None:
             _check_replaceable(live.region, ar)
 
         def outcome() -> tuple[AddrRange, protocol.Placed]:
@@ -126,9 +125,9 @@ class Changes:
         self._change(live, ar, decide, outcome, *added, cleared=True)
         return outcome()[1]
 
-    def _refpage(self, content: str | None, flags: MapFlag) -> RefPage | None:
+    def _refpage(self, content: str | None, *, wanted: bool) -> RefPage | None:
         """A reference page from the wire. Raises InvalidArgumentError, also where it does not fit the flags."""
-        if (content is not None) != bool(flags & MAP_REFPAGE):
+        if (content is not None) != wanted:
             raise InvalidArgumentError("MAP_REFPAGE and a reference page go together: give both, or neither")
         if content is None:
             return None
@@ -344,15 +343,28 @@ def _open_again(file: int) -> Opened:
     return Opened(fd, access == os.O_RDWR, magic)
 
 
-def _checked_flags(number: int, file: int | None) -> MapFlag:
+@attrs.frozen
+class _Wanted:
+    """What flags of mmap ask for. ``replace`` is MAP_FIXED; ``fixed`` that, or MAP_FIXED_NOREPLACE."""
+
+    shared: bool
+    fixed: bool
+    replace: bool
+    refpage: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _checked_flags(number: int, *, file: bool) -> _Wanted:
     """Flags from the wire. Anonymous memory is shared by the region's processes, whichever of the two is asked for."""
     if number & ~(int(_KNOWN_FLAGS) | MAP_REFPAGE):
         raise InvalidArgumentError(f"mmap flags {number:#x} have bits that a region does not know")
     flags = MapFlag(number)
     if not flags & (MapFlag.SHARED | MapFlag.PRIVATE):
         raise InvalidArgumentError("mmap needs MAP_SHARED or MAP_PRIVATE")
-    if flags & MAP_REFPAGE and (file is not None or flags & (_PRIVATE | MapFlag.SHARED) != _PRIVATE):
+    if flags & MAP_REFPAGE and (file or flags & (_PRIVATE | MapFlag.SHARED) != _PRIVATE):
         raise InvalidArgumentError("a reference page is mapped MAP_PRIVATE|MAP_ANONYMOUS|MAP_REFPAGE, without a file")
-    if bool(flags & MapFlag.ANONYMOUS) == (file is not None):
+    if bool(flags & MapFlag.ANONYMOUS) == file:
         raise BadDescriptorError("mmap takes either MAP_ANONYMOUS or a file")
-    return flags
+    kept = bool(flags & MapFlag.FIXED_NOREPLACE)
+    replace = bool(flags & MapFlag.FIXED) and not kept
+    return _Wanted(bool(flags & MapFlag.SHARED), replace or kept, replace, bool(flags & MAP_REFPAGE))

@@ -48,10 +48,6 @@ def test_a_range_is_cut_at_the_borders_inside_it(borders: list[int], expected: l
     assert list(cut(pages(2, 8), addresses)) == [pages(*ar) for ar in expected]
 
 
-def armed(first: int, end: int, arming: Arming) -> tuple[int, int, Arming]:
-    return first * PAGE_SIZE, end * PAGE_SIZE, arming
-
-
 def mapped(*vmas: tuple[int, int, Prot]) -> VmaSet:
     found = VmaSet()
     for first, end, prot in vmas:
@@ -87,9 +83,10 @@ def test_changes_pair_what_was_with_what_is_cut_at_borders_too() -> None:
     before: Armed = [(pages(0, 4), NATIVE), (pages(4, 10), MISSING)]
     after: Armed = [(pages(0, 2), WP), (pages(2, 10), MISSING)]
     borders = [pages(0, 1).start, pages(6, 7).start, pages(10, 11).start]
-    assert [(*armed(start // PAGE_SIZE, end // PAGE_SIZE, old), new) for start, end, old, new in changes(before, after, borders)] == [
-        (*armed(0, 2, NATIVE), WP),
-        (*armed(2, 4, NATIVE), MISSING),
-        (*armed(4, 6, MISSING), MISSING),
-        (*armed(6, 10, MISSING), MISSING),
+    found = changes(before, after, borders)
+    assert [(start // PAGE_SIZE, end // PAGE_SIZE, old, new) for start, end, old, new in found] == [
+        (0, 2, NATIVE, WP),
+        (2, 4, NATIVE, MISSING),
+        (4, 6, MISSING, MISSING),
+        (6, 10, MISSING, MISSING),
     ]

@@ -100,7 +100,8 @@ def test_a_huge_page_comes_alone() -> None:
 @pytest.mark.parametrize("length", [40 * PAGE_SIZE, 500 * PAGE_SIZE, MOST, 1000 * PAGE_SIZE])
 def test_what_two_streams_came_to_is_expected_of_the_third(length: int) -> None:
     streams = Streams()
-    first, second, third = (sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + length) for number in (0, 1, 2))
+    starts = (0, 4 * MOST, 8 * MOST)
+    first, second, third = (sizes_in_order(streams, start, start + length) for start in starts)
     assert first == second
     assert len(third) <= 2 < len(second)
     assert sum(third) <= sum(second)
