@@ -24,7 +24,7 @@ from mshared.answers import Answer, Caller, Pending
 from mshared.book import Asked, asked
 from mshared.live import LiveRegion
 from mshared.packets import Packets
-from mshared.pager import Pager
+from mshared.pager import AFTER_CHANGE, Pager
 from mshared.service import Service
 from mshared.shares import Shares
 from mshared.tickets import MOST_WAITING, Closer, read_ticket
@@ -187,7 +187,7 @@ class _Connection:
         if reply.then is not None:
             reply.then()
         if self._changing:
-            self._pager.linger()
+            self._pager.linger(AFTER_CHANGE)
 
     async def _guarded(
         self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]], packet: bytes, fds: list[int]

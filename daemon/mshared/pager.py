@@ -26,6 +26,8 @@ ATTENTION: Final = 0.002
 """Seconds for which the pager stays with what comes in, before other tasks have their turn."""
 _LINGER: Final = 0.00005
 """Seconds it looks for the next fault meanwhile, awake: who was served is often back sooner than a sleeper wakes."""
+AFTER_CHANGE: Final = 0.0002
+"""Seconds until who was answered has woken up, and touches what was changed."""
 _BATCH: Final = 256
 
 
@@ -85,14 +87,14 @@ class Pager:
                 self._waiting = None
             self.linger()
 
-    def linger(self) -> None:
+    def linger(self, patience: float = _LINGER) -> None:
         """Serve as long as something comes in, for a moment; what is put aside meanwhile waits for the loop.
 
-        So do callers, once no fault does.
+        So do callers, once no fault does. ``patience``: seconds until the first comes.
         """
         now = time.monotonic()
         until = now + ATTENTION
-        idle = now + _LINGER
+        idle = now + patience
         while True:
             served = self.drain()
             now = time.monotonic()

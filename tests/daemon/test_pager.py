@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from mshared.pager import Pager
+from mshared.pager import AFTER_CHANGE, Pager
 
 
 @pytest.fixture
@@ -240,6 +241,17 @@ class TestLingering:
     def test_it_stays_for_a_moment_while_nobody_wants_anything(self, pager: Pager, yields: list[None]) -> None:
         pager.linger()
         assert yields
+
+    def test_for_who_was_answered_it_stays_until_it_can_have_woken_up(
+        self, pager: Pager, yields: list[None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = itertools.count(step=1e-5)
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+        pager.linger()
+        usual = len(yields)
+        pager.linger(AFTER_CHANGE)
+        assert abs(len(yields) - usual - AFTER_CHANGE / 1e-5) <= 2
+        assert usual < len(yields) / 4
 
     def test_who_asks_for_something_does_not_wait_for_that(
         self, pager: Pager, event: Callable[[], int], yields: list[None]
