@@ -1,12 +1,12 @@
-"""What a change of protection costs at the least: a server in Python that has a userfaultfd of each process.
+"""What a call costs at the least: a server in Python that has a userfaultfd of each process.
 
-It does nothing but the system calls that arm a window, the daemon's own: no model, no names, no journal. Whoever wants
-a change sends it a packet and waits for one. What it takes is the floor for every such server on this machine.
+It does nothing but the system calls that arm a window and fill a page, the daemon's own: no model, no names, no
+journal. Whoever wants a change sends it a packet and waits for one. What it takes is the floor for every such server
+on this machine.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -22,21 +22,26 @@ import attrs
 
 from mshared.uffd import DEVICE, WANTED, Uffd
 from msharefs import uffd_abi as abi
-from msharefs.addr import AddrRange
+from msharefs.addr import PAGE_SIZE, AddrRange
 from msharefs.vma import Arming
 
 _PR_SET_PDEATHSIG: Final = 1
 _ARMINGS: Final = {b"r": Arming.WP, b"w": Arming.NATIVE}
+_PATTERN: Final = bytes([0xAA]) * PAGE_SIZE
 _libc: Final = ctypes.CDLL(None)
 
 
 @attrs.frozen
 class Window:
-    """A shared mapping of a file in this process, whose protection the server of that file changes."""
+    """A shared mapping of a file in this process, whose protection the server of that file changes.
+
+    ``show`` has the server fill pages of a part (offset, bytes) with a pattern as they are touched, one by one.
+    """
 
     view: memoryview
     handle: str
     change: Callable[[int], None]
+    show: Callable[[int, int], None]
     detach: Callable[[], None]
 
 
@@ -83,12 +88,16 @@ def attach(handle: str) -> Window:
         server.send(b"w" if prot & mmap.PROT_WRITE else b"r")
         server.recv(1)
 
+    def show(offset: int, size: int) -> None:
+        server.send(abi.RANGE_STRUCT.pack(start + offset, size))
+        server.recv(1)
+
     def detach() -> None:
         server.close()
         view.release()
         mapped.close()
 
-    return Window(view, handle, change, detach)
+    return Window(view, handle, change, show, detach)
 
 
 class _Server:
@@ -99,6 +108,7 @@ class _Server:
         self._epoll = select.epoll()
         self._clients: dict[int, socket.socket] = {}
         self._windows: dict[int, tuple[Uffd, AddrRange]] = {}
+        self._uffds: dict[int, Uffd] = {}
         self._epoll.register(listener, select.EPOLLIN)
 
     def run(self) -> None:
@@ -108,22 +118,37 @@ class _Server:
                     client, _ = self._listener.accept()
                     self._clients[client.fileno()] = client
                     self._epoll.register(client, select.EPOLLIN)
-                else:
+                elif fd in self._clients:
                     self._answer(fd, self._clients[fd])
+                else:
+                    self._fill(self._uffds[fd])
 
     def _answer(self, fd: int, client: socket.socket) -> None:
         packet, fds, _, _ = socket.recv_fds(client, 64, 1)
         if packet in _ARMINGS:
             for uffd, ar in self._windows.values():
                 uffd.arm(ar, _ARMINGS[packet])
-        elif packet:
+        elif packet and fds:
             uffd = Uffd(fds[0])
             uffd.open_api(WANTED)
             self._windows[fd] = uffd, AddrRange.sized(*abi.RANGE_STRUCT.unpack(packet))
+            self._uffds[uffd.fd] = uffd
+            self._epoll.register(uffd.fd, select.EPOLLIN)
+        elif packet:
+            self._windows[fd][0].arm(AddrRange.sized(*abi.RANGE_STRUCT.unpack(packet)), Arming.MISSING)
         else:
-            self._epoll.unregister(fd)
-            with contextlib.suppress(KeyError):
-                self._windows.pop(fd)[0].close()
-            self._clients.pop(fd).close()
+            self._leave(fd)
             return
         client.send(b"x")
+
+    def _leave(self, fd: int) -> None:
+        self._epoll.unregister(fd)
+        if fd in self._windows:
+            uffd, _ = self._windows.pop(fd)
+            self._epoll.unregister(uffd.fd)
+            self._uffds.pop(uffd.fd).close()
+        self._clients.pop(fd).close()
+
+    def _fill(self, uffd: Uffd) -> None:
+        for _, _, addr, _ in abi.PAGEFAULT_STRUCT.iter_unpack(uffd.read()):
+            uffd.copy(AddrRange.page_at(addr), _PATTERN)

@@ -13,12 +13,15 @@ from typing import Final
 
 import mshare
 from benchmarks.memory import write_pages
+from benchmarks.work import bare
+from mshare.discovery import find_mount
 
 _TRIES: Final = 3
 _NO_HUGE_PAGES: Final = 15  # MADV_NOHUGEPAGE
 _PATTERN: Final = 0xAA
 _FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mshare.MAP_REFPAGE
 _HUGE: Final = 2 << 20
+_BLOCK: Final = 512
 
 Figures = dict[str, float]
 """``map`` and ``touch`` are durations, ``memory`` bytes, each for one of the maps."""
@@ -27,7 +30,7 @@ Figures = dict[str, float]
 class RefPages:
     """Makes maps one after the other, stores to the start of each, and keeps them all."""
 
-    REQUESTS = ("fill_private", "map_each", "map_all")
+    REQUESTS = ("fill_private", "map_each", "map_all", "map_bare")
 
     def fill_private(self, count: int, size: int, touched: int) -> Figures:
         """Private memory of small pages, filled with memset."""
@@ -40,6 +43,10 @@ class RefPages:
     def map_all(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
         """Parts of one mapping, which is made by one call."""
         return _quickest(lambda number: self._map_all(f"{name}-{number}", kind, count, size, touched))
+
+    def map_bare(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
+        """A mapping each from a server that does nothing but system calls, and fills the page that is touched."""
+        return _quickest(lambda number: self._map_bare(f"{name}-{number}", kind, count, size, touched))
 
     def _fill_private(self, count: int, size: int, touched: int) -> Figures:
         kept: list[mmap.mmap] = []
@@ -82,6 +89,26 @@ class RefPages:
 
             found = _measured(count, touched, part)
             return {**found, "map": found["map"] + call, "memory": region.stat().resident / count}
+
+    def _map_bare(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
+        whole = -(-size // _HUGE) * _HUGE
+        offsets = iter(range(0, count * whole, whole))
+        path = find_mount().parent / "state" / kind / name
+        end = bare.serve(path, count * whole)
+        try:
+            window = bare.attach(str(path))
+
+            def mapped() -> memoryview:
+                offset = next(offsets)
+                window.show(offset, size)
+                return window.view[offset : offset + size]
+
+            found = _measured(count, touched, mapped)
+            memory = path.stat().st_blocks * _BLOCK / count
+            window.detach()
+        finally:
+            end()
+        return {**found, "memory": memory}
 
 
 def _quickest(measure: Callable[[int], Figures]) -> Figures:
