@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import attrs
 import trio
@@ -42,6 +42,8 @@ _MOST_GROUPS: Final = 256
 """What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
 _UCRED: Final = struct.Struct("=iII")
 _SHORT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+_SOON_BACK: Final = (*get_args(protocol.Changing), protocol.Fork, protocol.Attach)
+"""Requests after which the client needs something at once: to touch what has changed, or to say where its window is."""
 _CURE: Final = "free some memory, end regions or processes, or raise its limit of open files (LimitNOFILE, ulimit -n)"
 
 
@@ -140,8 +142,8 @@ class _Connection:
         self._asked = Asked("", caller.pid, None, 0)
         self._owing = False
         """Whether a request was carried out and its answer not sent: the client may ask for that."""
-        self._changing = False
-        """Whether the last request changed mappings, or forked a region: that is touched, or changed again, at once."""
+        self._soon_back = False
+        """Whether the last request was such a one."""
         self._tokens: set[str] = set()
         self.caller = caller
 
@@ -186,7 +188,7 @@ class _Connection:
         self._owing = False
         if reply.then is not None:
             reply.then()
-        if self._changing:
+        if self._soon_back:
             self._pager.linger(AFTER_CHANGE)
 
     async def _guarded(
@@ -196,7 +198,7 @@ class _Connection:
         try:
             message, announced = protocol.decode(packet)
             _expect(fds, announced)
-            self._changing = isinstance(message, protocol.Changing | protocol.Fork)
+            self._soon_back = isinstance(message, _SOON_BACK)
             return await answer(message, fds)
         except MshareError as error:
             return Answer(protocol.Failed(error.errno, str(error)))

@@ -1,8 +1,9 @@
 """The mount: names, modes and introspection over FUSE. The only place that knows FUSE's words.
 
-Never the data path: files are opened with direct_io, so that mmap(2) of one fails with ENODEV. Attributes are never
-cached: a dead daemon must not answer. Regions come and go through the control socket, so everything that would make,
-change or remove a file here is EPERM; chmod and chown are the exception, checked by the kernel (default_permissions).
+Never the data path: files are opened with direct_io, so that mmap(2) of one fails with ENODEV. Names are never cached:
+a dead daemon must not answer. Nor are attributes, but for a moment those of a region, whose name was just looked up.
+Regions come and go through the control socket, so everything that would make, change or remove a file here is EPERM;
+chmod and chown are the exception, checked by the kernel (default_permissions).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ _PART_DIRECTORY: Final = 1
 _ABI: Final = struct.Struct("@LL")
 _XATTRS: Final = ("user.mshare.start", "user.mshare.size", "user.mshare.backing", "user.mshare.attached")
 _NO_ATTRIBUTE: Final = errno.ENODATA
+_WHILE_OPENED: Final = 0.01
+"""Seconds for which the kernel need not ask for a region's attributes again: it has just looked the name up."""
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -299,7 +302,8 @@ class MshareFs(pyfuse3.Operations):
         entry.st_nlink = 2 if directory else 1
         entry.st_size = self._size(inode, region, part)
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._time_of(region)
-        entry.entry_timeout = entry.attr_timeout = 0
+        entry.entry_timeout = 0
+        entry.attr_timeout = _WHILE_OPENED if region and not part else 0
         return entry
 
     def _ownership(self, inode: int, region: Region | None, part: int) -> Ownership:

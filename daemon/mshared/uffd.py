@@ -14,7 +14,6 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from mshared import libc
@@ -336,6 +335,6 @@ def opened(fd: int, features: abi.Feature) -> Uffd:
 def is_userfaultfd(fd: int) -> bool:
     """Whether a descriptor that somebody sent is one."""
     try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"  # noqa: PTH115 - twice as fast
     except OSError:
         return False

@@ -108,6 +108,15 @@ class TestTree:
         assert entry.st_mode == stat.S_IFDIR | 0o1777
         assert entry.attr_timeout == entry.entry_timeout == 0
 
+    def test_a_region_is_known_while_it_is_opened_and_nothing_else_is(self, tree: MshareFs, region: Region) -> None:
+        """Permissions of its info files follow its own, which the kernel cannot know."""
+        entry = run(tree.lookup, ROOT, b"it")
+        assert 0 < entry.attr_timeout <= 0.02
+        assert entry.entry_timeout == 0
+        for part in range(1, 7):
+            entry = run(tree.getattr, region.id * INODES_A_REGION + part)
+            assert entry.attr_timeout == entry.entry_timeout == 0
+
     def test_a_region_is_a_file_of_its_owner_as_long_as_what_it_says(self, tree: MshareFs, region: Region) -> None:
         entry = run(tree.lookup, ROOT, b"it")
         assert entry.st_ino == region.id * INODES_A_REGION
