@@ -45,6 +45,10 @@ class Asked:
     started: int | None
     number: int
 
+    def next(self) -> Asked:
+        """The one that comes after it."""
+        return Asked(self.session, self.pid, self.started, self.number + 1)
+
 
 asked: Final[ContextVar[Asked | None]] = ContextVar("asked", default=None)
 """Set around each request of a connection."""

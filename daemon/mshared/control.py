@@ -43,7 +43,7 @@ _MOST_GROUPS: Final = 256
 _UCRED: Final = struct.Struct("=iII")
 _SHORT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 _SOON_BACK: Final = (*get_args(protocol.Changing), protocol.Fork, protocol.Attach)
-"""Requests after which the client needs something at once: to touch what has changed, or to say where its window is."""
+"""Requests after which a client needs something at once: it touches what has changed, or tells of its window."""
 _CURE: Final = "free some memory, end regions or processes, or raise its limit of open files (LimitNOFILE, ulimit -n)"
 
 
@@ -143,7 +143,6 @@ class _Connection:
         self._owing = False
         """Whether a request was carried out and its answer not sent: the client may ask for that."""
         self._soon_back = False
-        """Whether the last request was such a one."""
         self._tokens: set[str] = set()
         self.caller = caller
 
@@ -172,8 +171,7 @@ class _Connection:
         """One request, one reply."""
         packet, fds = await self._receive()
         if self._greeted:
-            last = self._asked
-            self._asked = Asked(last.session, last.pid, last.started, last.number + 1)
+            self._asked = self._asked.next()
             asked.set(self._asked)
         try:
             reply = await self._guarded(answer, packet, fds)
