@@ -17,6 +17,7 @@ _WHILE_SHORT: Final = MOST // 2
 _GROWTH: Final = 3
 """How much more comes than has come so far."""
 _TRUST: Final = 8
+"""One in so many streams has to go on to show that what is expected is used, even if all of it could come at once."""
 _REMEMBERED: Final = 128
 _MOST_STEPS: Final = 64
 
@@ -61,7 +62,7 @@ class Streams:
 
     A page that is touched on its own brings no other; who goes on where a piece ended brings ever more at once. When
     two in a row have come to something, the third is expected to come to as much as the lesser of them: one mapping
-    after the other is filled like that. If it does not, or after ``_TRUST`` that nobody saw go on, that ends.
+    after the other is filled like that. If it does not go on where it should, the next two start from one page again.
     """
 
     _ends: OrderedDict[Address, _Stream] = attrs.Factory(OrderedDict)
