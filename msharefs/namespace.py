@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import attrs
@@ -52,6 +53,14 @@ class Policy:
     limits: Limits = Limits()
 
 
+@attrs.define
+class _Held:
+    """What a user has: regions, and the bytes of their sizes."""
+
+    regions: int = 0
+    size: int = 0
+
+
 class Namespace:
     """All regions of a mount, with and without names. Calls that raise have changed nothing."""
 
@@ -61,6 +70,8 @@ class Namespace:
         self._by_name: dict[str, Region] = {}
         self._by_id: dict[RegionId, Region] = {}
         self._by_file: dict[FileKey, Region] = {}
+        self._held: defaultdict[int, _Held] = defaultdict(_Held)
+        """By uid."""
         self._next_region = RegionId(1)
         self._next_attachment = AttachmentId(1)
         self._next_free = Address(WINDOW_START)
@@ -89,11 +100,7 @@ class Namespace:
     def restore(self, regions: Iterable[Region], counters: tuple[RegionId, AttachmentId]) -> None:
         """Have regions again that there were before, with their attachments; those that have neither have ended."""
         for region in regions:
-            self._by_id[region.id] = region
-            if region.name is not None:
-                self._by_name[region.name] = region
-            if region.file is not None:
-                self._by_file[region.file.key] = region
+            self._take_in(region)
             if WINDOW_START <= region.ar.start < WINDOW_END:
                 self._next_free = max(self._next_free, Address(region.ar.end))
         self._next_region, self._next_attachment = counters
@@ -147,7 +154,7 @@ class Namespace:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)
         region = Region(self._new_region(), name, owner, backing, mm, used=used, transient=kept, kept=kept)
-        self._by_name[name] = self._by_id[region.id] = region
+        self._take_in(region)
         return region
 
     def share(self, file: SharedFile, addr: int | None, size: int, owner: Ownership, backing: BackingKind) -> Region:
@@ -165,7 +172,7 @@ class Namespace:
             hole_signal=self.policy.hole_signal,
         )
         region = Region(self._new_region(), None, owner, backing, mm, file=file)
-        self._by_file[file.key] = self._by_id[region.id] = region
+        self._take_in(region)
         return region
 
     def check_fork(self, origin: Region, name: str | None, mode: int, who: Credentials) -> None:
@@ -182,9 +189,7 @@ class Namespace:
         owner = Ownership(who.uid, who.gid, mode)
         number = self._new_region()
         region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "", used=origin.used)
-        self._by_id[number] = region
-        if name is not None:
-            self._by_name[name] = region
+        self._take_in(region)
         return region
 
     def attach(
@@ -248,7 +253,25 @@ class Namespace:
     ) -> None:
         """Carry out chmod and chown; whether the caller may is checked by the kernel before it asks."""
         changes = {"mode": mode, "uid": uid, "gid": gid}
+        self._count(region, -1)
         region.owner = attrs.evolve(region.owner, **{k: v for k, v in changes.items() if v is not None})
+        self._count(region, 1)
+
+    def _take_in(self, region: Region) -> None:
+        self._by_id[region.id] = region
+        if region.name is not None:
+            self._by_name[region.name] = region
+        if region.file is not None:
+            self._by_file[region.file.key] = region
+        self._count(region, 1)
+
+    def _count(self, region: Region, by: int) -> None:
+        """One more region of its owner's, or one less."""
+        held = self._held[region.owner.uid]
+        held.regions += by
+        held.size += by * region.ar.size
+        if not held.regions:
+            del self._held[region.owner.uid]
 
     def _new_region(self) -> RegionId:
         number = self._next_region
@@ -280,25 +303,26 @@ class Namespace:
         del self._by_id[region.id]
         if region.file is not None:
             del self._by_file[region.file.key]
+        self._count(region, -1)
         return True
 
     def _check_limits(self, size: int, who: Credentials) -> None:
-        limits, mine = self.policy.limits, [r for r in self._by_id.values() if r.owner.uid == who.uid]
+        limits, mine = self.policy.limits, self._held.get(who.uid, _Held())
         _check_limit(NoSpaceError, "--max-regions", limits.max_regions, len(self._by_id) + 1)
-        _check_limit(QuotaError, "--max-regions-per-user", limits.max_regions_per_uid, len(mine) + 1)
-        total = sum(r.ar.size for r in self._by_id.values())
+        _check_limit(QuotaError, "--max-regions-per-user", limits.max_regions_per_uid, mine.regions + 1)
+        total = sum(held.size for held in self._held.values())
         _check_limit(NoSpaceError, "--max-bytes", limits.max_bytes, total + size)
-        _check_limit(QuotaError, "--max-bytes-per-user", limits.max_bytes_per_uid, sum(r.ar.size for r in mine) + size)
+        _check_limit(QuotaError, "--max-bytes-per-user", limits.max_bytes_per_uid, mine.size + size)
 
     def _free_range(self, size: int) -> AddrRange:
         """The next range that no region has (next fit: a pointer gone stale finds nothing new at its address)."""
         align = max(self.policy.align, PUD_SIZE if size >= PUD_SIZE else PMD_SIZE)
-        taken = sorted(region.ar for region in self._by_id.values())
+        regions = self._by_id.values()
         for first in (self._next_free, WINDOW_START):
             start = round_up(first, align)
-            for ar in taken:
-                if ar.start < start + size and start < ar.end:
-                    start = round_up(ar.end, align)
+            for taken, end in sorted((region.ar.start, region.ar.end) for region in regions if region.ar.end > start):
+                if taken < start + size and start < end:
+                    start = round_up(end, align)
             if start + size <= WINDOW_END:
                 self._next_free = Address(start + size)
                 return AddrRange.sized(start, size)

@@ -364,6 +364,27 @@ class TestLimits:
         with pytest.raises(NoSpaceError):
             create(ns, "b")
 
+    def test_a_region_that_is_given_away_counts_for_its_new_owner(self) -> None:
+        ns = namespace(limits=Limits(max_regions_per_uid=1))
+        ns.change_owner(create(ns, "a"), uid=BOB.uid)
+        create(ns, "b")
+        with pytest.raises(QuotaError):
+            create(ns, "c", who=BOB)
+
+    def test_regions_that_there_were_before_count(self) -> None:
+        before = namespace()
+        region = create_attached(before)
+        ns = namespace(limits=Limits(max_regions_per_uid=1, max_bytes=region.ar.size))
+        ns.restore([region], before.counters)
+        with pytest.raises(QuotaError):
+            create(ns, "b")
+        with pytest.raises(NoSpaceError):
+            create(ns, "b", who=BOB)
+        ns.remove(region, ANN)
+        for attachment in list(region.attachments.values()):
+            ns.detach(region, attachment)
+        create(ns, "b")
+
 
 class TestTransient:
     """Regions that end by themselves."""
