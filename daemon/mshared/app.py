@@ -117,7 +117,7 @@ def run(config: Config) -> None:
         upkeep = stack.enter_context(_kept(service, config, lock, fate))
         _go_on(before, service, store, upkeep, config)
         listener = stack.enter_context(_listener(config.state_dir / "socket"))
-        stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount))
+        stack.enter_context(_mounted(fs.MshareFs(service, info_text(config, service)), config.mount, pager))
         fate.keep = True  # Whatever ends it now, the next one goes on.
         trio.run(_serve, config, service, pager, upkeep, listener, stop)
         fate.keep = _report_attached(service)
@@ -370,14 +370,19 @@ def _listener(path: Path) -> Iterator[object]:
 
 
 @contextlib.contextmanager
-def _mounted(tree: fs.MshareFs, mount: Path) -> Iterator[None]:
+def _mounted(tree: fs.MshareFs, mount: Path, pager: Pager) -> Iterator[None]:
+    """Have the mount. Who asks something of it is not to wait for the pager either."""
     try:
-        fuse_loop.initialize(tree, mount, everybody=os.geteuid() == 0)
+        connections = fuse_loop.initialize(tree, mount, everybody=os.geteuid() == 0)
     except RuntimeError as error:
         raise StartError(f"cannot mount at {mount}: {error}; `mshare doctor` says what this machine lacks") from error
+    for fd in connections:
+        pager.add_caller(fd)
     try:
         yield
     finally:
+        for fd in connections:
+            pager.remove_caller(fd)
         fuse_loop.shut_down()
 
 

@@ -14,15 +14,20 @@ import pyfuse3
 log = logging.getLogger(__name__)
 
 
-def initialize(fs: pyfuse3.Operations, mount: Path, *, everybody: bool) -> None:
-    """Mount. With ``everybody`` other users may use it too, as far as modes allow. Raises RuntimeError."""
+def initialize(fs: pyfuse3.Operations, mount: Path, *, everybody: bool) -> set[int]:
+    """Mount; the descriptors by which requests come. Raises RuntimeError.
+
+    With ``everybody`` other users may use it too, as far as modes allow.
+    """
     options = {*pyfuse3.default_options, "fsname=msharefs", "subtype=msharefs", "default_permissions"}
     if everybody:
         options.add("allow_other")
     before = set(_connections())
     pyfuse3.init(fs, str(mount), options)
-    for fd in set(_connections()) - before:
+    made = set(_connections()) - before
+    for fd in made:
         os.set_blocking(fd, False)
+    return made
 
 
 async def serve() -> None:

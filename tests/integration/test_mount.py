@@ -295,3 +295,11 @@ class TestPermissions:
         (daemon.mount / name).chmod(0o600)
         other.do("offer, fds = link.exchange(protocol.Attach(None, 0), (ticket,))")
         assert other.ask("(offer.readonly, len(fds))") == [False, 2]
+
+
+def test_who_asks_the_mount_does_not_wait_for_a_daemon_that_looks_for_faults(daemon: Daemon) -> None:
+    """What stays awake looks out for requests of the mount, too: two sets of descriptors have its connection."""
+    process = Path(f"/proc/{daemon.pid}")
+    (connection,) = [fd.name for fd in (process / "fd").iterdir() if os.path.realpath(fd) == "/dev/fuse"]
+    watched = [info.read_text() for info in (process / "fdinfo").iterdir()]
+    assert sum(f"tfd:{connection:>9} " in text for text in watched) == 2
