@@ -20,7 +20,6 @@ import attrs
 
 import mshare
 from benchmarks.work import bare
-from mshare.discovery import find_mount
 
 PAGE: Final = 4096
 _PIECE: Final = 8192 * PAGE
@@ -80,7 +79,7 @@ def create(kind: Kind, name: str, size: int) -> Memory:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
         return of_region(mshare.mshare(name, None, size, flags, backing=kind.value))
     if kind is Kind.BARE:
-        file = find_mount().parent / "state" / Kind.THP.value / name
+        file = bare.place(Kind.THP.value, name)
         end = bare.serve(file, size)
         return _of_window(bare.attach(str(file)), end)
     if kind is Kind.SHM:

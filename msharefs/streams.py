@@ -27,24 +27,26 @@ class _Stream:
     """What somebody touches in order: how much has come, how much is expected, and whether more than a first piece.
 
     ``trusted`` is how many more streams may have all that is expected at once, without going on to show it.
+    ``untouched``: its page came ahead, and nobody has started there yet.
     """
 
     had: int = 0
     expected: int = 0
     went_on: bool = False
     trusted: int = 0
+    untouched: bool = False
 
     @property
     def shown(self) -> int:
         """How much the next one may be expected to take: of a first piece nobody knows how much was touched."""
-        return self.had if self.went_on or self.had >= self.expected > 0 else 0
+        return self.had if self.went_on or self.had >= self.expected >= MOST else 0
 
     def size(self) -> int:
         """How much comes next: at first nothing but the page, or the greater part of what is expected.
 
         Where that is a huge page or more, all of it: the rest would be 4 KiB at a time.
         """
-        if not self.had:
+        if self.expected and not self.went_on:
             whole = self.trusted and self.expected >= MOST
             return MOST if whole else min(round_down(self.expected * 3 // 4, PAGE_SIZE), MOST)
         if self.had < self.expected:
@@ -86,15 +88,15 @@ class Streams:
 
     def came(self, page: AddrRange) -> None:
         """A page came before it was touched: who goes on behind it goes on in order."""
-        self._ends[page.end] = _Stream(page.size)
+        self._ends[page.end] = _Stream(page.size, untouched=True)
 
     def piece(self, page: AddrRange, free: AddrRange, advice: Advice) -> AddrRange:
         """What a touch of ``page`` brings of ``free``, from it on. Preconditions: ``free`` covers ``page``."""
         stream = self._ends.pop(page.start, None)
         if advice is Advice.RANDOM:
             return page
-        if stream is None:
-            stream = self._started()
+        if stream is None or stream.untouched:
+            stream = self._started(0 if stream is None else stream.had)
         else:
             stream.goes_on()
         size = MOST if advice is Advice.SEQUENTIAL else stream.size()
@@ -108,10 +110,10 @@ class Streams:
             self._ends.popitem(last=False)
         return AddrRange(page.start, end)
 
-    def _started(self) -> _Stream:
-        """A stream that starts."""
+    def _started(self, had: int) -> _Stream:
+        """A stream that starts, behind so much that has come ahead."""
         before, last = self._newest
         trusted = max(0, min(before.trusted, last.trusted) - 1)
-        stream = _Stream(expected=min(before.shown, last.shown), trusted=trusted)
+        stream = _Stream(had, min(before.shown, last.shown), trusted=trusted)
         self._newest = last, stream
         return stream

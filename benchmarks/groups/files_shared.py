@@ -102,8 +102,10 @@ GROUP: Final = Group(
         "growth of PageTables in /proc/meminfo counts, and the time, the daemon's reading of the file included. A "
         "filesystem may keep the file in memory in large pieces, which take fewer page tables: what it does is "
         "measured. With plain mmap(2) of hugetlbfs the kernel shares tables by itself where processes map the file at "
-        "addresses that agree modulo 1 GiB: children of one process do, others only if they see to it. A file on "
-        "tmpfs, and one on disk through the backing thp, has pages of 4 KiB, for which the kernel shares no tables."
+        "addresses that agree modulo 1 GiB: children of one process do, others only if they see to it. Less is not to "
+        "be had: one set of tables for 4 GiB takes 16 KiB, and each process has a page above it, unless something else "
+        "of its lies near. A file on tmpfs, and one on disk through the backing thp, has pages of 4 KiB, for which the "
+        "kernel shares no tables."
     ),
     quick=lambda: Plan(machine.fitting_size(GIB), 20),
     full=lambda: Plan(machine.fitting_size(4 * GIB), 50),

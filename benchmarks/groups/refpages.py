@@ -10,13 +10,12 @@ import attrs
 from benchmarks.driver import Worker
 from benchmarks.group import Bench, Group, new_name
 from benchmarks.machine import fitting_size
-from benchmarks.memory import Kind
+from benchmarks.memory import PAGE, Kind
 from benchmarks.results import Metric
 
 _PEER: Final = "anonymous, memset"
 _SIZE: Final = 4_096_000
 _KIB: Final = 1024
-_PAGE: Final = 4 * _KIB
 
 
 @attrs.frozen
@@ -49,7 +48,7 @@ def run(bench: Bench, plan: Plan) -> None:
         for number in range(plan.rounds):
             for touched in plan.touched:
                 for series, call, kind in ways[number % len(ways) :] + ways[: number % len(ways)]:
-                    if call == "map_bare" and touched > _PAGE:
+                    if call == "map_bare" and touched > PAGE:
                         continue  # Its server brings no more than the page that is touched.
                     bench.say(f"refpages: round {number + 1} of {plan.rounds}, {touched // _KIB} KiB, {series}")
                     more: dict[str, object] = {} if kind is None else {"kind": kind, "name": new_name()}

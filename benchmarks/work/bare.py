@@ -20,6 +20,7 @@ from typing import Final
 
 import attrs
 
+from mshare.discovery import find_mount
 from mshared.uffd import DEVICE, WANTED, Uffd
 from msharefs import uffd_abi as abi
 from msharefs.addr import PAGE_SIZE, AddrRange
@@ -43,6 +44,11 @@ class Window:
     change: Callable[[int], None]
     show: Callable[[int, int], None]
     detach: Callable[[], None]
+
+
+def place(kind: str, name: str) -> Path:
+    """Where to put a file of that name, among those of regions of that kind."""
+    return find_mount().parent / "state" / kind / name
 
 
 def serve(path: Path, size: int) -> Callable[[], None]:

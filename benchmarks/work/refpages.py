@@ -14,7 +14,7 @@ from typing import Final
 import mshare
 from benchmarks.memory import write_pages
 from benchmarks.work import bare
-from mshare.discovery import find_mount
+from msharefs.addr import round_up
 
 _TRIES: Final = 3
 _NO_HUGE_PAGES: Final = 15  # MADV_NOHUGEPAGE
@@ -67,7 +67,7 @@ class RefPages:
 
     def _map_each(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
         refpage = mshare.refpage_create(bytes([_PATTERN]))
-        with _region(name, kind, count * -(-size // _HUGE) * _HUGE) as region:
+        with _region(name, kind, count * round_up(size, _HUGE)) as region:
 
             def mapped() -> memoryview:
                 offset = region.mmap(size, flags=_FLAGS, refpage=refpage)
@@ -77,7 +77,7 @@ class RefPages:
 
     def _map_all(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
         refpage = mshare.refpage_create(bytes([_PATTERN]))
-        with _region(name, kind, count * -(-size // _HUGE) * _HUGE) as region:
+        with _region(name, kind, count * round_up(size, _HUGE)) as region:
             start = time.perf_counter()
             region.mmap(count * size, flags=_FLAGS, refpage=refpage)
             call = (time.perf_counter() - start) / count
@@ -91,9 +91,9 @@ class RefPages:
             return {**found, "map": found["map"] + call, "memory": region.stat().resident / count}
 
     def _map_bare(self, name: str, kind: str, count: int, size: int, touched: int) -> Figures:
-        whole = -(-size // _HUGE) * _HUGE
+        whole = round_up(size, _HUGE)
         offsets = iter(range(0, count * whole, whole))
-        path = find_mount().parent / "state" / kind / name
+        path = bare.place(kind, name)
         end = bare.serve(path, count * whole)
         try:
             window = bare.attach(str(path))
@@ -135,7 +135,7 @@ def _measured(count: int, touched: int, mapped: Callable[[], memoryview]) -> Fig
 
 @contextlib.contextmanager
 def _region(name: str, kind: str, size: int) -> Iterator[mshare.Region]:
-    whole = -(-size // (1 << 30)) << 30 if kind == "hugetlb" else size
+    whole = round_up(size, 1 << 30) if kind == "hugetlb" else size
     region = mshare.mshare(name, None, whole, os.O_CREAT | os.O_EXCL | os.O_RDWR, backing=kind, empty=True)
     try:
         yield region

@@ -335,6 +335,6 @@ def opened(fd: int, features: abi.Feature) -> Uffd:
 def is_userfaultfd(fd: int) -> bool:
     """Whether a descriptor that somebody sent is one."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"  # noqa: PTH115 - twice as fast
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"  # noqa: PTH115 - a third of the time
     except OSError:
         return False

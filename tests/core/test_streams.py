@@ -147,6 +147,17 @@ def test_the_lesser_of_two_streams_is_what_is_expected() -> None:
     assert streams.piece(page(12 * MOST), FREE, Advice.NORMAL).size == PAGE_SIZE
 
 
+def test_a_page_that_came_ahead_changes_nothing_about_what_is_expected_behind_it() -> None:
+    streams = Streams()
+    for number in range(2):
+        sizes_in_order(streams, number * 4 * MOST, number * 4 * MOST + MOST // 2)
+    for number in range(2, 4):
+        streams.came(page(number * 4 * MOST))
+    expected = [streams.piece(page(number * 4 * MOST + PAGE_SIZE), FREE, Advice.NORMAL).size for number in range(2, 4)]
+    assert expected[0] >= MOST // 4
+    assert expected[1] == 3 * PAGE_SIZE
+
+
 def steps(streams: Streams, offset: int) -> list[int]:
     """Where a touch brings pages elsewhere, and what comes with it there."""
     found = streams.steps(page(offset))

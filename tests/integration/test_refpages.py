@@ -207,6 +207,26 @@ class TestMemory:
         assert a.ask("resident()") <= 200
         assert b.ask("list(r.buf[0 : 11 * PAGE : PAGE]) == [1] + [0xAA] * 9 + [1] and r.buf[1023 * PAGE] == 0xAA")
 
+    def test_who_fills_one_mapping_after_the_other_takes_few_faults_from_the_third_on(
+        self, client: Callable[..., Client], name: str
+    ) -> None:
+        """A quarter of each: what comes beside it, and what nobody has stored to since, shows the pattern."""
+        a, b = client(), client()
+        for c in (a, b):
+            c.do(f"{SETUP}\nname = {name!r}\nstarts = range(0, 16 * MIB, 4 * MIB)")
+        a.do("r = mshare.mshare(name, None, 16 * MIB, CREATE, empty=True)")
+        b.do("r = mshare.mshare(name, 0x6000_0000_0000, 0, RW)")
+        a.do("assert [r.mmap(4 * MIB - PAGE, 3, SHOW, refpage=aa) for _ in starts] == list(starts)")
+        a.do("for start in starts: r.buf[start : start + MIB : PAGE] = bytes(256)")
+        first, second, third, fourth = a.ask("[vma.faults for vma in r.maps()]")
+        assert first == second >= 5
+        assert third <= 2
+        assert fourth <= 2
+        assert a.ask("resident()") <= 4 * 2 * MIB // PAGE
+        assert b.ask("all(not any(r.buf[start : start + MIB : PAGE]) for start in starts)")
+        assert b.ask("all(set(r.buf[start + MIB : start + 4 * MIB - PAGE]) == {0xAA} for start in starts)")
+        assert b.ask("all(set(r.buf[start + 1 : start + MIB : PAGE]) == {0xAA} for start in starts)")
+
     def test_every_process_can_read_what_one_has_read_without_a_fault(self, pair: tuple[Client, Client]) -> None:
         a, b = pair
         assert a.ask("is_aa(0, 1024)")
