@@ -48,8 +48,10 @@ def _stores(mm: HostMm, parts: Iterable[AddrRange]) -> Iterator[AddrRange]:
                 yield vma.clipped(part).ar
 
 
-def fork(mm: HostMm) -> HostMm:
-    """A host mm with the same mappings and contents (compare kernel/fork.c:dup_mmap). Raises NoSpaceError.
+def fork(mm: HostMm, store: StoreNo | None = None) -> HostMm:
+    """A host mm with the same mappings and contents (compare kernel/fork.c:dup_mmap).
+
+    ``store`` is the number of its own, if the lineage has given one already; else NoSpaceError where it has none.
 
     Preconditions: ``mm`` and all its relatives are shielded; shared files have every store; what nobody may touch is
     copied by the caller; the tables are up to date. What lies in shared files, both have from there, and what is clean
@@ -63,6 +65,7 @@ def fork(mm: HostMm) -> HostMm:
         paging_all=mm.paging_all,
         hole_signal=mm.hole_signal,
         lineage=mm.lineage,
+        store=store,
     )
     twin.rule = mm.rule.with_forks(Arming.MISSING)
     twin.table = mm.table.fork(mm.storable.parts(mm.ar))

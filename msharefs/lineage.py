@@ -39,11 +39,16 @@ class Lineage:
         """Whether there is nobody to share with."""
         return len(self.members) < 2
 
-    def add(self, mm: HostMm, store: StoreNo | None = None) -> StoreNo:
-        """Take a member in; the number of its store, which it had before if given. NoSpaceError after the 65536th."""
-        number = StoreNo(self._next) if store is None else store
-        if number == MAX_STORES:
+    def next_store(self) -> StoreNo:
+        """The number of a store, for a member that is to be taken in. Raises NoSpaceError after the 65536th."""
+        if self._next == MAX_STORES:
             raise NoSpaceError(f"{MAX_STORES} forks of one region have been made; copy its contents to a new one")
+        self._next += 1
+        return StoreNo(self._next - 1)
+
+    def add(self, mm: HostMm, store: StoreNo | None = None) -> StoreNo:
+        """Take a member in; the number of its store, which is known already if given. Raises what that does."""
+        number = self.next_store() if store is None else store
         self._next = max(self._next, number + 1)
         self.members[number] = mm
         return number

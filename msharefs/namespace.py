@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
@@ -140,7 +140,7 @@ class Namespace:
         align = max(self.policy.align, backing.align)
         why = "mshared --align" if align == self.policy.align else f"backing {backing}"
         ar = check_user_range(WINDOW_START if addr is None else addr, size, align, why)
-        self._check_limits(size, who)
+        self._check_limits([size], who)
         if addr is None:
             ar = self._free_range(size)
         mm = HostMm(
@@ -153,7 +153,7 @@ class Namespace:
         if not empty:
             mm.mmap(ar, size, fixed=True)
         owner = Ownership(who.uid, who.gid, mode)
-        region = Region(self._new_region(), name, owner, backing, mm, used=used, transient=kept, kept=kept)
+        region = Region(self.next_region(), name, owner, backing, mm, used=used, transient=kept, kept=kept)
         self._take_in(region)
         return region
 
@@ -162,7 +162,7 @@ class Namespace:
 
         The limits are those of ``owner.uid``. Preconditions: ``find_file`` finds none.
         """
-        self._check_limits(size, Credentials(owner.uid, owner.gid))
+        self._check_limits([size], Credentials(owner.uid, owner.gid))
         ar = self._free_range(size) if addr is None else check_user_range(addr, size, PMD_SIZE)
         mm = HostMm(
             ar,
@@ -171,23 +171,29 @@ class Namespace:
             paging_all=self.policy.paging_all and not file.resident,
             hole_signal=self.policy.hole_signal,
         )
-        region = Region(self._new_region(), None, owner, backing, mm, file=file)
+        region = Region(self.next_region(), None, owner, backing, mm, file=file)
         self._take_in(region)
         return region
 
-    def check_fork(self, origin: Region, name: str | None, mode: int, who: Credentials) -> None:
-        """Whether ``fork`` may be called; raises what ``create`` raises. Without a name it needs no permission."""
-        if name is not None:
-            self._check_new(name, mode, who)
-        self._check_limits(origin.ar.size, who)
+    def check_forks(self, wanted: Sequence[tuple[Region, str | None, int]], who: Credentials) -> None:
+        """Whether ``fork`` may be called for all of these (origin, name, mode); raises what ``create`` raises.
 
-    def fork(self, origin: Region, mm: HostMm, name: str | None, mode: int, who: Credentials) -> Region:
+        Without a name it needs no permission.
+        """
+        names: set[str] = set()
+        for _, name, mode in wanted:
+            if name is not None:
+                self._check_new(name, mode, who)
+                if name in names:
+                    raise ExistsError(f"two regions cannot both be named {name!r}")
+                names.add(name)
+        self._check_limits([origin.ar.size for origin, _, _ in wanted], who)
+
+    def fork(self, number: RegionId, origin: Region, mm: HostMm, name: str | None, owner: Ownership) -> Region:
         """A region with a fork of the host mm of ``origin``, ready from the start. It keeps its name.
 
-        Preconditions: ``check_fork`` has passed.
+        Preconditions: ``check_forks`` has passed, and ``next_region`` gave the number.
         """
-        owner = Ownership(who.uid, who.gid, mode)
-        number = self._new_region()
         region = Region(number, name, owner, origin.backing, mm, ready=True, origin=origin.name or "", used=origin.used)
         self._take_in(region)
         return region
@@ -273,7 +279,8 @@ class Namespace:
         if not held.regions:
             del self._held[region.owner.uid]
 
-    def _new_region(self) -> RegionId:
+    def next_region(self) -> RegionId:
+        """The number of a region that is to be made; no other gets it."""
         number = self._next_region
         self._next_region = RegionId(number + 1)
         return number
@@ -306,10 +313,12 @@ class Namespace:
         self._count(region, -1)
         return True
 
-    def _check_limits(self, size: int, who: Credentials) -> None:
+    def _check_limits(self, sizes: Sequence[int], who: Credentials) -> None:
+        """Whether there may be regions of these sizes, too."""
         limits, mine = self.policy.limits, self._held.get(who.uid, _Held())
-        _check_limit(NoSpaceError, "--max-regions", limits.max_regions, len(self._by_id) + 1)
-        _check_limit(QuotaError, "--max-regions-per-user", limits.max_regions_per_uid, mine.regions + 1)
+        more, size = len(sizes), sum(sizes)
+        _check_limit(NoSpaceError, "--max-regions", limits.max_regions, len(self._by_id) + more)
+        _check_limit(QuotaError, "--max-regions-per-user", limits.max_regions_per_uid, mine.regions + more)
         total = sum(held.size for held in self._held.values())
         _check_limit(NoSpaceError, "--max-bytes", limits.max_bytes, total + size)
         _check_limit(QuotaError, "--max-bytes-per-user", limits.max_bytes_per_uid, mine.size + size)

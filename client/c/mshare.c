@@ -881,7 +881,7 @@ static int try_to_unlink(const char *name)
     if (ticket < 0 && errno != EACCES)
         return -1;
     snprintf(path, sizeof path, "%s/%s", mount_point, name);
-    if (quote(name, quoted, sizeof quoted) || stat(path, &file)) {
+    if (quote(name, quoted, sizeof quoted) || ((ticket < 0 || fstat(ticket, &file)) && stat(path, &file))) {
         int number = errno;
         if (ticket >= 0)
             close(ticket);

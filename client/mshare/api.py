@@ -103,7 +103,7 @@ def mshare_unlink(name: Name, *, mount: Mount = None) -> None:
     link = connect(find_mount(mount))
     path = link.mount / text
     with opened(path, os.O_RDWR) as ticket:
-        windows = attached_as(link.mount, inode_of(path))
+        windows = attached_as(link.mount, inode_of(path, ticket))
         close_windows(windows)
         try:
             link.call(protocol.Unlink(text), protocol.Done, ticket)

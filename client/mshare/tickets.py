@@ -47,8 +47,11 @@ def opened(path: Path, access: int) -> Iterator[Ticket]:
         close()
 
 
-def inode_of(path: Path) -> int:
-    """Number of a region's file, which no other region ever has. Raises OSError."""
+def inode_of(path: Path, ticket: Ticket) -> int:
+    """Number of a region's file, which no other region ever has: of the opened one, if it is. Raises OSError."""
+    if ticket:
+        with contextlib.suppress(OSError):  # Whoever served it is gone.
+            return os.fstat(ticket[0]).st_ino
     try:
         return _served(path, path.stat).st_ino
     except OSError as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import array
+import socket
+import struct
 from collections.abc import Callable
+from typing import Final
 
 import attrs
 import trio
@@ -11,6 +15,13 @@ from mshared.live import LiveRegion
 from msharefs import protocol
 from msharefs.perms import Credentials
 
+_UCRED: Final = struct.Struct("=iII")
+_SO_PEERGROUPS: Final = 59
+_MOST_GROUPS: Final = 256
+"""What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
+Tell = Callable[[protocol.Reply], object]
+"""Says to the caller, at once, what a request comes to, while it is being carried out. Does not wait."""
+
 
 @attrs.frozen
 class Caller:
@@ -18,6 +29,14 @@ class Caller:
 
     pid: int
     who: Credentials
+
+    @classmethod
+    def at(cls, sock: trio.socket.SocketType) -> Caller:
+        """Who connected (unix(7), SO_PEERCRED and SO_PEERGROUPS). Raises OSError."""
+        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        groups = array.array("I")
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * groups.itemsize))
+        return cls(pid, Credentials(uid, gid, frozenset(groups)))
 
 
 @attrs.frozen

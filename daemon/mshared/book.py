@@ -24,9 +24,12 @@ from msharefs.addr import AddrRange
 from msharefs.errors import NoSpaceError
 from msharefs.frames import StoreNo, store_of
 from msharefs.host_mm import HostMm
+from msharefs.region import RegionId
 from msharefs.vma import FileId
 
 if TYPE_CHECKING:
+    from mshared.backing import Backing
+    from mshared.files import MappedFile
     from mshared.live import LiveAttachment, LiveRegion
     from mshared.under_way import Unwritten
 
@@ -162,16 +165,15 @@ def region_is(region: LiveRegion) -> rec.RegionIs:
         mm.store,
     )
     fields = encoding.region_fields(region.model)
-    return rec.RegionIs(fields, layout, _memory(region), region.created_ns, region.closed, region.sponsor)
-
-
-def _memory(region: LiveRegion) -> rec.Memory:
-    backing = region.backing
-    path, mount = (None if each is None else str(each) for each in (backing.path, backing.mount))
     digests = region.digests.fd if region.digests is not None else None
-    return rec.Memory(
-        backing.fd, backing.writable, backing.readonly, region.stash_fd, backing.start, path, mount, digests
-    )
+    memory = memory_of(region.backing, stash=region.stash_fd, digests=digests)
+    return rec.RegionIs(fields, layout, memory, region.created_ns, region.closed, region.sponsor)
+
+
+def memory_of(backing: Backing, *, stash: int | None, digests: int | None = None) -> rec.Memory:
+    """The files of a region."""
+    path, mount = (None if each is None else str(each) for each in (backing.path, backing.mount))
+    return rec.Memory(backing.fd, backing.writable, backing.readonly, stash, backing.start, path, mount, digests)
 
 
 def nameless(region: LiveRegion) -> rec.RegionIs:
@@ -193,11 +195,10 @@ def mapped(region: LiveRegion, ar: AddrRange | None = None, *, cleared: bool = F
     return rec.Mapped(region.model.id, where, vmas, cleared)
 
 
-def file_is(region: LiveRegion, number: FileId) -> rec.FileIs:
+def file_is(region: RegionId, number: FileId, file: MappedFile) -> rec.FileIs:
     """A file that is mapped into a region."""
-    file = region.files[number]
     path = str(Path(f"/proc/self/fd/{file.fd}").readlink())
-    return rec.FileIs(region.model.id, number, file.fd, path, file.magic)
+    return rec.FileIs(region, number, file.fd, path, file.magic)
 
 
 def dirty(region: LiveRegion, ar: AddrRange) -> rec.Dirty:
@@ -238,29 +239,6 @@ def attachment_is(attachment: LiveAttachment) -> rec.AttachmentIs:
     )
 
 
-def newly_forked(twin: LiveRegion, origin: LiveRegion) -> Iterator[rec.Record]:
-    """A new region, and whose pages it has. Preconditions: it is written down how its origin is."""
-    model = twin.model
-    yield rec.Forked(
-        model.id,
-        origin.model.id,
-        origin.fork_notes.own_pages(origin.model.mm),
-        model.mm.store,
-        _memory(twin),
-        twin.created_ns,
-        model.owner,
-        model.name,
-        model.origin or "",
-    )
-    yield from _of_files(twin)
-
-
-def _of_files(region: LiveRegion) -> Iterator[rec.Record]:
-    yield from (file_is(region, file) for file in region.files)
-    if region.files:
-        yield dirty(region, region.model.ar)
-
-
 def everything_of(region: LiveRegion) -> Iterator[rec.Record]:
     """All there is to say of a region, without its attachments."""
     number = region.model.id
@@ -268,7 +246,8 @@ def everything_of(region: LiveRegion) -> Iterator[rec.Record]:
     if region.closed:
         return
     yield mapped(region)
-    yield from _of_files(region)
+    yield from (file_is(region.model.id, file, held) for file, held in region.files.items())
+    yield from dirty_if_any(region, region.model.ar)
     if region.model.mm.borrowed:
         yield rec.Refers(number, tuple(_foreign(region.model.mm)))
     if region.change is not None:

@@ -92,7 +92,7 @@ class Changes:
         added: list[rec.Record] = []
         if isinstance(shows, Opened):
             number = live.region.add_file(shows.fd, shows.magic)
-            added.append(book.file_is(live.region, number))
+            added.append(book.file_is(live.region.model.id, number, live.region.files[number]))
             source = FileSource(number, request.file_offset, wanted.shared, shows.writable)
         else:
             source = shows

@@ -7,11 +7,9 @@ cut short ends it.
 
 from __future__ import annotations
 
-import array
 import errno
 import logging
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, get_args
@@ -30,17 +28,12 @@ from mshared.shares import Shares
 from mshared.tickets import MOST_WAITING, Closer, read_ticket
 from msharefs import protocol
 from msharefs.errors import BadDescriptorError, MshareError, NotFoundError, ProtocolError
-from msharefs.perms import Credentials
 
 log = logging.getLogger(__name__)
 
 HELLO_PATIENCE: Final = 10.0
 """Seconds a connection may take to say hello."""
 BACKLOG: Final = 1024
-_SO_PEERGROUPS: Final = 59
-_MOST_GROUPS: Final = 256
-"""What Python lets getsockopt return; whoever has more groups is refused rather than misjudged."""
-_UCRED: Final = struct.Struct("=iII")
 _SHORT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 _SOON_BACK: Final = (*get_args(protocol.Changing), protocol.Fork, protocol.Attach)
 """Requests after which a client needs something at once: it touches what has changed, or tells of its window."""
@@ -75,7 +68,7 @@ class ControlServer:
         """Serve one connection to its end, whatever happens on it."""
         with sock:
             try:
-                caller = _caller(sock)
+                caller = Caller.at(sock)
             except OSError as error:
                 log.warning("a connection has no credentials: %s", error)
                 return
@@ -142,6 +135,8 @@ class _Connection:
         self._asked = Asked("", caller.pid, None, 0)
         self._owing = False
         """Whether a request was carried out and its answer not sent: the client may ask for that."""
+        self._answered = False
+        """Whether the answer was sent already, before everything was done."""
         self._soon_back = False
         self._tokens: set[str] = set()
         self.caller = caller
@@ -177,13 +172,17 @@ class _Connection:
             reply = await self._guarded(answer, packet, fds)
         finally:
             self._closer.close(fds)
-        self._owing = True
-        if reply.again is not None:
-            await self._send(reply)
-        if reply.after is not None:
-            await reply.after.wait()
-        await (self._send(reply) if reply.again is None else self._packets.send(reply.again))
-        self._owing = False
+        if self._answered:
+            self._answered = False
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            self._owing = True
+            if reply.again is not None:
+                await self._send(reply)
+            if reply.after is not None:
+                await reply.after.wait()
+            await (self._send(reply) if reply.again is None else self._packets.send(reply.again))
+            self._owing = False
         if reply.then is not None:
             reply.then()
         if self._soon_back:
@@ -317,9 +316,9 @@ class _Connection:
         service, caller = self._service, self.caller
         match message:
             case protocol.Fork():
-                return await service.fork(caller, message)
+                return await service.fork(caller, message, self._tell)
             case protocol.Snapshot():
-                answer, tokens = await service.snapshot(caller, message)
+                answer, tokens = await service.snapshot(caller, message, self._tell)
                 self._tokens.update(tokens)
                 return answer
             case protocol.Take():
@@ -370,6 +369,10 @@ class _Connection:
             raise _HungUp
         return packet, fds
 
+    def _tell(self, reply: protocol.Reply) -> None:
+        """Answer now, if that is possible without waiting; else it is done as always."""
+        self._answered = self._packets.send_now(protocol.encode(reply))
+
     async def _send(self, answer: Answer) -> None:
         await self._packets.send(protocol.encode(answer.reply, len(answer.fds)), answer.fds)
 
@@ -377,14 +380,6 @@ class _Connection:
 def _expect(fds: list[int], *counts: int) -> None:
     if len(fds) not in counts:
         raise BadDescriptorError(f"{len(fds)} descriptors came, {' or '.join(map(str, counts))} were expected")
-
-
-def _caller(sock: trio.socket.SocketType) -> Caller:
-    """Who connected (unix(7), SO_PEERCRED and SO_PEERGROUPS)."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    groups = array.array("I")
-    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * groups.itemsize))
-    return Caller(pid, Credentials(uid, gid, frozenset(groups)))
 
 
 def listen(path: Path) -> socket.socket:

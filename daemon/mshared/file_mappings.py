@@ -240,7 +240,7 @@ def keep_better(live: LiveRegion, fd: int) -> None:
     for number, file in list(live.files.items()):
         if not is_writable(file.fd):
             live.files[number] = file.copy_of(fd)
-            live.note(file_is(live, number))
+            live.note(file_is(live.model.id, number, live.files[number]))
             file.close()
 
 

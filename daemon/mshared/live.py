@@ -22,7 +22,7 @@ from mshared.filler import Filler
 from mshared.fork_notes import ForkNotes
 from mshared.killpoints import point
 from mshared.observed import Journal, Trace
-from mshared.sparse import punch, resident
+from mshared.sparse import new_file, punch, resident
 from mshared.uffd import Uffd
 from mshared.under_way import Reading, Staged, Unwritten
 from msharefs import protocol
@@ -289,11 +289,10 @@ class LiveRegion:
         self.unwritten.append(piece)
         self._piece_ids = itertools.count(piece.number + 1)
 
-    def inherit_files(self, origin: LiveRegion) -> None:
-        """Have descriptors of one's own of the files that are mapped into another region, by the same numbers."""
-        for number, file in origin.files.items():
-            self.files[number] = file.copy_of(file.fd)
-        self._file_ids = itertools.count(max(self.files, default=0) + 1)
+    def take_files(self, files: dict[FileId, MappedFile]) -> None:
+        """Have the files that are mapped."""
+        self.files = files
+        self._file_ids = itertools.count(max(files, default=0) + 1)
 
     def drop_unused_files(self) -> None:
         """Close the files that no mapping shows any more."""
@@ -365,8 +364,7 @@ class LiveRegion:
     def stash(self) -> int:
         """The file where contents wait that no process may touch; made when first needed."""
         if self._stash is None:
-            self._stash = os.memfd_create(f"msharefs-stash-{self.model.id}", os.MFD_CLOEXEC)
-            os.ftruncate(self._stash, self.model.ar.size)
+            self._stash = new_file(f"msharefs-stash-{self.model.id}", self.model.ar.size)
             self.note(region_is(self))
         return self._stash
 
@@ -375,8 +373,8 @@ class LiveRegion:
         """The same, if it was made."""
         return self._stash
 
-    def restore_stash(self, fd: int) -> None:
-        """Have it again."""
+    def restore_stash(self, fd: int | None) -> None:
+        """Have one that was made before."""
         self._stash = fd
 
     def close(self) -> None:

@@ -53,6 +53,14 @@ class Packets:
                 break
         await trio.lowlevel.cancel_shielded_checkpoint()
 
+    def send_now(self, packet: bytes) -> bool:
+        """Send a packet, unless that takes waiting, or nobody is there any more; whether it was sent."""
+        try:
+            self._sock.sendmsg([packet])
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         """Hang up."""
         self._sock.close()

@@ -42,6 +42,7 @@ from mshared.live import LiveAttachment, LiveRegion
 from mshared.saved import Saved, SavedRegion
 from mshared.service import Service
 from mshared.snapshots import Untaken
+from mshared.twin_parts import Taker
 from mshared.uffd import Uffd, is_userfaultfd
 from mshared.under_way import Staged, Unwritten
 from msharefs import forking
@@ -275,8 +276,8 @@ class Recovery:
             live = self._regions.get(each.region)
             if live is not None and not live.closed:
                 who = Credentials(each.uid, each.gid, frozenset(each.groups))
-                untaken = Untaken(live, each.readonly, who, each.maker, each.started)
-                self._service.snapshots.restore(token, untaken)
+                taker = Taker(token, each.readonly, who, each.maker, each.started)
+                self._service.snapshots.restore(Untaken(live, taker))
                 waiting.append(live)
         return waiting
 

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from mshared import apply, book, donations
-from mshared.answers import Answer, Caller, Pending
+from mshared.answers import Answer, Caller, Pending, Tell
 from mshared.backing import BackingStore
 from mshared.book import region_is
 from mshared.changes import Changes, Opened
@@ -21,8 +21,9 @@ from mshared.file_mappings import FileMappings
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.names import Names
-from mshared.snapshots import Snapshots, Wish, expect_stores
+from mshared.snapshots import Snapshots, expect_stores
 from mshared.tickets import Ticket, read_ticket
+from mshared.twin_parts import Wish
 from mshared.views import Views
 from mshared.writeback import write_out
 from msharefs import protocol
@@ -271,11 +272,11 @@ class Service:
                 await self._changes.msync(live, request)
         return Answer(protocol.Done())
 
-    async def snapshot(self, caller: Caller, request: protocol.Snapshot) -> tuple[Answer, list[str]]:
+    async def snapshot(self, caller: Caller, request: protocol.Snapshot, tell: Tell) -> tuple[Answer, list[str]]:
         """Make private twins for a child of the caller's; their tokens."""
         windows = [self._forkable(caller, number) for number in request.attachments]
         self.book.check_room()
-        tokens = await self.snapshots.for_child(windows, caller.who)
+        tokens = await self.snapshots.for_child(windows, caller.who, tell)
         return Answer(protocol.Snapshots(tuple(tokens))), tokens
 
     def forget(self, tokens: Iterable[str]) -> None:
@@ -290,10 +291,11 @@ class Service:
         except MshareError:
             self.snapshots.end(untaken.twin)
             raise
-        pending = Pending(untaken.twin, untaken.readonly, creator=False, token=request.token)
-        return self._offer(untaken.twin, request.addr, readonly=untaken.readonly), pending
+        readonly = untaken.taker.readonly
+        pending = Pending(untaken.twin, readonly, creator=False, token=request.token)
+        return self._offer(untaken.twin, request.addr, readonly=readonly), pending
 
-    async def fork(self, caller: Caller, request: protocol.Fork) -> Answer:
+    async def fork(self, caller: Caller, request: protocol.Fork, tell: Tell) -> Answer:
         """Make a copy-on-write twin of a region that the caller has a window on.
 
         Its owner may write it, and pages that it has in common with other forks of the region come to lie in it. So
@@ -304,7 +306,8 @@ class Service:
         origin = live.region
         if live.model.readonly and caller.who.uid not in (0, origin.model.owner.uid):
             raise AccessDeniedError(f"forking {origin.model.name!r} takes a window that may write; open it O_RDWR")
-        twins = await self.snapshots.fork([Wish(origin, request.name, request.mode)], caller.who, protocol.Done())
+        wish = Wish(origin, request.name, request.mode)
+        twins = await self.snapshots.fork([wish], caller.who, protocol.Done(), tell)
         return Answer(protocol.Done(), then=partial(expect_stores, twins))
 
     def own_region(self, caller: Caller, attachment: int) -> LiveRegion:

@@ -10,25 +10,26 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
 import trio
 
-from mshared import apply, processes, sparse
+from mshared import apply, processes
 from mshared import records as rec
+from mshared.answers import Tell
 from mshared.backing import BackingStore
-from mshared.book import newly_forked, region_is
+from mshared.book import region_is
 from mshared.killpoints import point
 from mshared.lifetimes import Lifetimes
 from mshared.live import LiveAttachment, LiveRegion
+from mshared.twin_parts import Parts, Taker, Wish
 from mshared.writeback import flush, write_out
 from msharefs import forking, protocol
-from msharefs.errors import NoMemoryError, NotFoundError
+from msharefs.errors import NotFoundError
 from msharefs.namespace import Namespace
-from msharefs.perms import PROT_RW, Credentials
-from msharefs.region import BackingKind
+from msharefs.perms import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +38,11 @@ _UNTIL_PREPARED: Final = 0.002
 
 
 @attrs.frozen
-class Wish:
-    """A region to be forked, and what its twin shall be called; without a name it ends with its last attachment."""
-
-    origin: LiveRegion
-    name: str | None
-    mode: int
-
-
-@attrs.frozen
 class Untaken:
-    """A private twin that waits for the child it was made for, whose window is as its parent's."""
+    """A private twin that waits for the child it was made for."""
 
     twin: LiveRegion
-    readonly: bool
-    who: Credentials
-    maker: int
-    started: int | None
+    taker: Taker
 
 
 class Snapshots:
@@ -76,50 +65,38 @@ class Snapshots:
             except (OSError, RuntimeError) as error:  # The second when no thread can be had.
                 log.debug("no file is ready for the next fork: %s", error)
 
-    async def for_child(self, windows: Sequence[LiveAttachment], who: Credentials) -> list[str]:
-        """Private twins of the regions behind some windows, of one instant; a token for each."""
-        tokens = [secrets.token_hex(16) for _ in windows]
+    async def for_child(
+        self, windows: Sequence[LiveAttachment], who: Credentials, tell: Tell | None = None
+    ) -> list[str]:
+        """Private twins of the regions behind some windows, of one instant; a token for each.
 
-        def untaken(twins: list[LiveRegion]) -> list[rec.Record]:
-            for token, twin, window in zip(tokens, twins, windows, strict=True):
-                pid = window.model.pid or 0
-                self._untaken[token] = Untaken(twin, window.model.readonly, who, pid, window.started)
-            return [self._record_of(token) for token in tokens]
-
-        wishes = [Wish(window.region, None, 0) for window in windows]
-        await self.fork(wishes, who, protocol.Snapshots(tuple(tokens)), untaken)
+        ``tell``: see ``fork``.
+        """
+        wishes = []
+        for window in windows:
+            model = window.model
+            taker = Taker(secrets.token_hex(16), model.readonly, who, model.pid or 0, window.started)
+            wishes.append(Wish(window.region, None, 0, taker))
+        tokens = [wish.taker.token for wish in wishes if wish.taker]
+        await self.fork(wishes, who, protocol.Snapshots(tuple(tokens)), tell)
         return tokens
 
-    def restore(self, token: str, untaken: Untaken) -> None:
+    def restore(self, untaken: Untaken) -> None:
         """Have a twin again that an earlier daemon has made."""
-        self._untaken[token] = untaken
+        self._untaken[untaken.taker.token] = untaken
 
     def records(self) -> list[rec.Record]:
         """All that wait for their child."""
-        return [self._record_of(token) for token in self._untaken]
-
-    def _record_of(self, token: str) -> rec.UntakenIs:
-        found = self._untaken[token]
-        who = found.who
-        return rec.UntakenIs(
-            token,
-            found.twin.model.id,
-            found.readonly,
-            who.uid,
-            who.gid,
-            tuple(sorted(who.groups)),
-            found.maker,
-            found.started,
-        )
+        return [each.taker.record(each.twin.model.id) for each in self._untaken.values()]
 
     def made_by(self, pid: int) -> set[str]:
         """Tokens of twins that a process has asked for and that nobody has taken."""
-        return {token for token, untaken in self._untaken.items() if untaken.maker == pid}
+        return {token for token, untaken in self._untaken.items() if untaken.taker.maker == pid}
 
     def take(self, token: str, who: Credentials) -> Untaken:
         """Hand a twin over, once. Raises NotFoundError."""
         found = self._untaken.get(token)
-        if found is None or found.who != who:
+        if found is None or found.taker.who != who:
             raise NotFoundError("there is no such snapshot; its maker has gone, or it was taken already")
         return self._untaken.pop(token)
 
@@ -134,7 +111,7 @@ class Snapshots:
     def forget_orphans(self) -> None:
         """Let twins go that an earlier daemon made for processes that have ended since."""
         for token, untaken in list(self._untaken.items()):
-            if processes.start_time(untaken.maker) != untaken.started:
+            if processes.start_time(untaken.taker.maker) != untaken.taker.started:
                 self.forget([token])
 
     def end(self, twin: LiveRegion) -> None:
@@ -148,11 +125,12 @@ class Snapshots:
         wishes: Sequence[Wish],
         who: Credentials,
         reply: protocol.Reply | None = None,
-        made: Callable[[list[LiveRegion]], list[rec.Record]] = lambda _: [],
+        tell: Tell | None = None,
     ) -> list[LiveRegion]:
         """The twins, of one instant for all. Raises MshareError with none made.
 
-        ``reply`` is what the client is told, ``made`` is called with the twins for what is to be written down of them.
+        ``reply`` is what the client is to be told: ``tell`` is called with it when that holds, whatever happens. The
+        twins are made then, before anybody else has a turn.
         """
         origins = sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id)
         try:
@@ -160,11 +138,12 @@ class Snapshots:
                 for origin in origins:
                     await _acquire(origin.lock)
                     stack.callback(origin.lock.release)
-                for wish in wishes:
-                    self._check(wish, who)
-                    if wish.origin.files:
-                        await flush(wish.origin, wish.origin.model.ar, self._lifetimes.read_events)
-                twins = self._fork_now(wishes, who, reply, made)
+                self._check(wishes, who)
+                if any(origin.files for origin in origins):
+                    for origin in origins:
+                        await flush(origin, origin.model.ar, self._lifetimes.read_events)
+                    self._check(wishes, who)  # Meanwhile names were taken.
+                twins = self._fork_now(wishes, who, reply, tell)
                 for origin in origins:
                     if origin.unwritten:
                         with trio.CancelScope(shield=True):
@@ -175,40 +154,38 @@ class Snapshots:
                 if not origin.attachments and not origin.closed:  # Who went meanwhile left that to us.
                     self._lifetimes.settling.request(origin)
 
-    def _check(self, wish: Wish, who: Credentials) -> None:
-        if wish.origin.closed:
+    def _check(self, wishes: Sequence[Wish], who: Credentials) -> None:
+        if any(wish.origin.closed for wish in wishes):
             raise NotFoundError("the region is gone")
-        self._namespace.check_fork(wish.origin.model, wish.name, wish.mode, who)
+        self._namespace.check_forks([(wish.origin.model, wish.name, wish.mode) for wish in wishes], who)
 
     def _fork_now(
         self,
         wishes: Sequence[Wish],
         who: Credentials,
         reply: protocol.Reply | None,
-        made: Callable[[list[LiveRegion]], list[rec.Record]],
+        tell: Tell | None,
     ) -> list[LiveRegion]:
         """Everything between two awaits."""
-        twins: list[LiveRegion] = []
-        noted: list[rec.Record] = []
+        gathered: list[Parts] = []
         with _still([region for wish in wishes for region in wish.origin.family.regions.values()]):
             try:
                 for origin in dict.fromkeys(wish.origin for wish in wishes):
                     self._shield(origin)
+                    origin.refresh_tables()
                 for wish in wishes:
-                    if len(wishes) > 1 or wish.origin.files:  # Meanwhile, or for the one before, names were taken.
-                        self._check(wish, who)
-                    twins.append(self._twin(wish, who))
-                    noted += newly_forked(twins[-1], wish.origin)
+                    number = self._namespace.next_region()
+                    gathered.append(Parts.gather(wish, who, number, self._store))
                 point()
-                self._write_down(wishes, noted + made(twins), reply)
+                self._write_down(wishes, [record for parts in gathered for record in parts.records()], reply)
             except BaseException:
-                for twin in twins:
-                    self._namespace.abandon(twin.model)
-                    self._lifetimes.forget(twin)
+                for parts in gathered:
+                    parts.close()
                 raise
-        for twin in twins:
-            self._lifetimes.book.regions[twin.model.id] = twin
-        return twins
+            if reply is not None and tell is not None:
+                tell(reply)
+            point()
+            return [self._make(parts) for parts in gathered]
 
     def _write_down(self, wishes: Sequence[Wish], noted: list[rec.Record], reply: protocol.Reply | None) -> None:
         """From now on the twins are there, and their relatives are as they must be for that."""
@@ -229,27 +206,20 @@ class Snapshots:
                 if effects:
                     apply.carry_out(region, effects, self._lifetimes.read_events)
 
-    def _twin(self, wish: Wish, who: Credentials) -> LiveRegion:
-        origin = wish.origin
-        origin.refresh_tables()
-        mm = forking.fork(origin.model.mm)
-        model = self._namespace.fork(origin.model, mm, wish.name, wish.mode, who)
-        try:
-            made = self._store.create(model.id, model.backing, mm.ar.size, fork=True)
-        except BaseException:
-            self._namespace.abandon(model)
-            mm.lineage.leave(mm)
-            raise
-        twin = self._lifetimes.add_region(model, made, origin.family)
+    def _make(self, parts: Parts) -> LiveRegion:
+        """The twin that these are the parts of. It is written down."""
+        wish = parts.wish
+        mm = forking.fork(wish.origin.model.mm, parts.store)
+        model = self._namespace.fork(parts.number, wish.origin.model, mm, wish.name, parts.owner)
+        twin = self._lifetimes.add_region(model, parts.backing, wish.origin.family)
+        twin.created_ns = parts.created_ns
+        twin.take_files(parts.files)
+        twin.restore_stash(parts.stash)
         twin.settled.set()
-        twin.inherit_files(origin)
+        self._lifetimes.book.regions[model.id] = twin
+        if wish.taker is not None:
+            self._untaken[wish.taker.token] = Untaken(twin, wish.taker)
         self._forked.send_nowait(twin)
-        try:
-            _copy_hidden(origin, twin)
-        except OSError as error:
-            self._namespace.abandon(model)
-            self._lifetimes.forget(twin)
-            raise NoMemoryError(f"no memory for what is hidden by PROT_NONE: {error.strerror}; free some") from error
         return twin
 
 
@@ -280,13 +250,3 @@ def _still(regions: Iterable[LiveRegion]) -> Iterator[None]:
     finally:
         for region in found:
             region.changing = False
-
-
-def _copy_hidden(origin: LiveRegion, twin: LiveRegion) -> None:
-    """What nobody may touch waits in a file that no process has: each twin needs one of its own."""
-    for vma in origin.model.mm.vmas:
-        if vma.prot & PROT_RW or vma.reaches_file:
-            continue
-        inside = vma.ar.moved(-origin.model.ar.start)
-        for part in sparse.held(origin.stash(), inside, BackingKind.SMALL, None):
-            sparse.copy(origin.stash(), part, sparse.write_to(twin.stash()))

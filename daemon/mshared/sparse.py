@@ -18,6 +18,17 @@ def punch(fd: int, ar: AddrRange) -> None:
     libc.punch(fd, ar.start, ar.size)
 
 
+def new_file(name: str, size: int) -> int:
+    """A file in memory that nobody else can open, all of it holes; ``name`` is for people. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def resident(fd: int) -> int:
     """Bytes of memory a file takes."""
     return os.fstat(fd).st_blocks * 512

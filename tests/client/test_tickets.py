@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mshare.connection import Ticket
 from mshare.tickets import checked_name, inode_of, opened
 
 
@@ -49,14 +50,14 @@ def test_what_may_not_be_opened_is_no_ticket(mount: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_not_there_is_told_with_the_way_to_make_it(mount: Path) -> None:
-    for look in (lambda: inode_of(mount / "other"), lambda: opened(mount / "other", os.O_RDONLY).__enter__()):
+    for look in (lambda: inode_of(mount / "other", Ticket()), lambda: opened(mount / "other", os.O_RDONLY).__enter__()):
         with pytest.raises(FileNotFoundError, match=r"no region is named 'other' in .*; O_CREAT makes one"):
             look()
-    assert inode_of(mount / "it") == (mount / "it").stat().st_ino
+    assert inode_of(mount / "it", Ticket()) == (mount / "it").stat().st_ino
 
 
 def test_a_place_that_is_no_mount_is_told_instead(tmp_path: Path) -> None:
-    for look in (lambda: inode_of(tmp_path / "it"), lambda: opened(tmp_path / "it", os.O_RDONLY).__enter__()):
+    for look in (lambda: inode_of(tmp_path / "it", Ticket()), lambda: opened(tmp_path / "it", os.O_RDONLY).__enter__()):
         with pytest.raises(FileNotFoundError, match="is no msharefs mount"):
             look()
 
@@ -64,7 +65,16 @@ def test_a_place_that_is_no_mount_is_told_instead(tmp_path: Path) -> None:
 def test_other_errors_stay_what_they_are(mount: Path) -> None:
     (mount / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
-        inode_of(mount / "loop")
+        inode_of(mount / "loop", Ticket())
+
+
+def test_an_opened_file_tells_its_inode_whatever_has_the_name_now(mount: Path) -> None:
+    with opened(mount / "it", os.O_RDWR) as ticket:
+        known = (mount / "it").stat().st_ino
+        (mount / "it").rename(mount / "kept")
+        (mount / "it").touch()
+        assert inode_of(mount / "it", ticket) == known
+    assert inode_of(mount / "it", ticket) == (mount / "it").stat().st_ino != known
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from trio.testing import MockClock
 
 from mshared import control, processes
 from mshared import records as rec
-from mshared.answers import Answer, Caller, Pending
+from mshared.answers import Answer, Caller, Pending, Tell
 from mshared.book import Book, asked
 from mshared.changes import Opened
 from mshared.control import HELLO_PATIENCE, ControlServer
-from mshared.packets import _descriptors
+from mshared.packets import Packets, _descriptors
 from mshared.pager import Pager
 from msharefs import protocol
 from msharefs.errors import NoSpaceError
@@ -66,6 +66,14 @@ class FakeService:
             files.clear()
             sponsor.clear()
         return Answer(protocol.Offer(0, 16, 0, 0, readonly=False, device=False), self.answer.fds), self.pending
+
+    async def fork(self, caller: Caller, request: protocol.Fork, tell: Tell) -> Answer:
+        """Tell first, and make it then; another one's answer comes as always."""
+        self._note(caller, request)
+        if request.mode:
+            tell(protocol.Done())
+        self.asked.append("made")
+        return attrs.evolve(self.answer, reply=protocol.Placed(7))
 
     def detach(self, caller: Caller, request: protocol.Detach) -> Answer:
         self._note(caller, request)
@@ -206,6 +214,58 @@ def test_what_an_answer_asks_for_is_done_once_it_was_sent(run: Any, service: Fak
     done = trio.Event()
     service.answer = Answer(protocol.Done(), then=done.set)
     run(work)
+
+
+class TestToldBefore:
+    """A request whose answer is sent before it is through."""
+
+    FORK = protocol.Fork(1, "twin", 0o600)
+
+    def test_it_is_answered_once(self, run: Any, service: FakeService) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                with trio.fail_after(10):
+                    assert await peer.say(self.FORK) == protocol.Done()
+                    assert await peer.say(attrs.evolve(self.FORK, mode=0)) == protocol.Placed(7)
+                    assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        done: list[int] = []
+        service.answer = Answer(protocol.Done(), then=lambda: done.append(len(service.asked)))
+        run(work)
+        assert done == [2, 4, 5]
+
+    def test_also_when_it_cannot_be_sent_at_once(
+        self, run: Any, service: FakeService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                with trio.fail_after(10):
+                    assert await peer.say(self.FORK) == protocol.Placed(7)
+                    assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        monkeypatch.setattr(Packets, "send_now", lambda *_: False)
+        run(work)
+        assert service.asked == [self.FORK, "made", protocol.Detach(1)]
+
+    def test_what_goes_wrong_then_is_the_logs(
+        self, run: Any, service: FakeService, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def fork(_caller: object, _request: object, tell: Tell) -> Answer:
+            tell(protocol.Done())
+            raise ZeroDivisionError
+
+        async def work(path: Path) -> None:
+            async with Peer(path) as peer:
+                await peer.say(HELLO)
+                with trio.fail_after(10):
+                    assert await peer.say(self.FORK) == protocol.Done()
+                    assert await peer.say(protocol.Detach(1)) == protocol.Done()
+
+        service.fork = fork  # type: ignore[method-assign]
+        run(work)
+        assert "ZeroDivisionError" in caplog.text
 
 
 class TestSessions:
@@ -634,7 +694,7 @@ class TestCredentials:
             async with Peer(path) as peer:
                 assert isinstance(await peer.say(HELLO), protocol.Welcome)
 
-        monkeypatch.setattr(control, "_caller", refuse)
+        monkeypatch.setattr(Caller, "at", refuse)
         run(work)
         assert "a connection has no credentials" in caplog.text
 
@@ -659,7 +719,7 @@ class TestCredentials:
                 listener.listen()
                 other_process(connect(groups, name))[1].recv(9)
                 with trio.socket.from_stdlib_socket(listener.accept()[0]) as accepted:
-                    return control._caller(accepted)
+                    return Caller.at(accepted)
 
         groups = list(range(5000, 5256))
         assert trio.run(caller, groups).who.groups == frozenset(groups)

@@ -25,6 +25,7 @@ from msharefs.region import BackingKind
 SIZE = 16 << 20
 PAGES = SIZE // PAGE_SIZE
 ROOT = Credentials(0, 0)
+OWNER = Ownership(0, 0, 0o600)
 
 
 class World:
@@ -51,7 +52,9 @@ class World:
         held = [part.moved(self.start) for part in extents(region.backing.fd)]
         region.model.mm.sync(held, huge=False)
         mm = forking.fork(region.model.mm)
-        self.regions[name] = self._live(self.namespace.fork(region.model, mm, name, 0o600, ROOT))
+        self.regions[name] = self._live(
+            self.namespace.fork(self.namespace.next_region(), region.model, mm, name, OWNER)
+        )
         return self.regions[name]
 
     def end(self, name: str) -> None:

@@ -154,6 +154,20 @@ def test_who_has_gone_is_an_error(run: Run, peer: socket.socket) -> None:
     run(work)
 
 
+def test_what_can_be_sent_at_once_is(run: Run, peer: socket.socket) -> None:
+    async def work(packets: Packets) -> None:
+        assert packets.send_now(b"answer")
+        assert peer.recv(100) == b"answer"
+        sent = 0
+        while packets.send_now(b"more"):
+            sent += 1
+        assert [peer.recv(100) for _ in range(sent)] == [b"more"] * sent
+        peer.close()
+        assert not packets.send_now(b"answer")
+
+    run(work)
+
+
 class TestDescriptors:
     """What arrives in control messages."""
 

@@ -21,6 +21,7 @@ from msharefs.perms import Credentials, Ownership
 from msharefs.region import BackingKind
 
 ROOT = Credentials(0, 0)
+OWNER = Ownership(0, 0, 0o600)
 
 
 class World:
@@ -38,7 +39,7 @@ class World:
     def fork(self) -> LiveRegion:
         forking.shield(self.origin.model.mm)
         mm = forking.fork(self.origin.model.mm)
-        model = self.namespace.fork(self.origin.model, mm, "twin", 0o600, ROOT)
+        model = self.namespace.fork(self.namespace.next_region(), self.origin.model, mm, "twin", OWNER)
         made = MemfdStore().create(model.id, BackingKind.SMALL, PMD_SIZE)
         return self.lifetimes.add_region(model, made, self.origin.family)
 

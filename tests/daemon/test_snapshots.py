@@ -23,7 +23,7 @@ from mshared.pager import Pager
 from mshared.relaxing import Relaxing
 from mshared.saved import Saved, SavedRegion
 from mshared.snapshots import Snapshots, Wish, expect_stores
-from msharefs import forking
+from msharefs import forking, protocol
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, Address, AddrRange
 from msharefs.effects import Bring, ZeroFill
 from msharefs.errors import ExistsError, NoMemoryError, NoSpaceError, NotFoundError
@@ -290,6 +290,68 @@ def whose(region: SavedRegion) -> dict[AddrRange, StoreNo]:
     return {page: store for run, store in region.foreign for page in run.pieces(PAGE_SIZE)}
 
 
+class TestTold:
+    """Who asked is told as soon as nothing can come between any more, and before the twins are made."""
+
+    def told(self, world: World, *wishes: Wish) -> tuple[list[protocol.Reply], list[LiveRegion]]:
+        """What was said, when all is protected, and the twins."""
+        said: list[protocol.Reply] = []
+
+        def tell(reply: protocol.Reply) -> None:
+            said.append(reply)
+            assert world.names() == ["it"]
+            assert all(wish.origin.model.mm.rule.shielded for wish in wishes)
+            assert all(wish.origin.changing for wish in wishes)
+
+        return said, trio.run(world.snapshots.fork, wishes, ROOT, protocol.Done(), tell)
+
+    def test_once_for_all(self, world: World) -> None:
+        origin = world.region()
+        said, twins = self.told(world, Wish(origin, "one", 0o600), Wish(origin, "two", 0o600))
+        assert said == [protocol.Done()]
+        assert [brought(twin) for twin in twins] == [1, 1]
+        assert not any(region.changing for region in (origin, *twins))
+
+    def test_it_is_written_down(self, world: World, directory: Path) -> None:
+        journal = Journal(directory / NAME)
+        world.lifetimes.book.journal = journal
+        world.lifetimes.book.rewrite()
+        origin = world.region()
+        known: list[set[int]] = []
+
+        def tell(_: protocol.Reply) -> None:
+            state = load(journal.path)
+            assert state is not None
+            known.append(set(Saved.of(state.records).regions))
+
+        world.lifetimes.book.commit(*everything_of(origin))
+        twin = trio.run(world.snapshots.fork, [Wish(origin, "one", 0o600)], ROOT, protocol.Done(), tell)[0]
+        assert known == [{origin.model.id, twin.model.id}]
+        journal.close()
+
+    def test_not_of_what_is_refused(self, world: World) -> None:
+        origin = world.region()
+        world.store.room = 1
+        said: list[protocol.Reply] = []
+        wishes = [Wish(origin, "one", 0o600), Wish(origin, "two", 0o600)]
+        with pytest.raises(NoSpaceError):
+            trio.run(world.snapshots.fork, wishes, ROOT, protocol.Done(), said.append)
+        assert said == []
+
+    def test_a_child_may_come_at_once(self, world: World) -> None:
+        """Its twin is there when the daemon turns to anybody else."""
+        live = world.attach(world.region())
+        said: list[protocol.Reply] = []
+
+        async def fork() -> list[str]:
+            return await world.snapshots.for_child([live], ROOT, said.append)
+
+        tokens = trio.run(fork)
+        assert said == [protocol.Snapshots(tuple(tokens))]
+        assert brought(world.snapshots.take(tokens[0], ROOT).twin) == 1
+        world.snapshots.end(next(each for each in world.lifetimes.regions() if each.model.name is None))
+
+
 class TestOneInstant:
     """All is protected before anything is answered."""
 
@@ -451,7 +513,7 @@ class TestForChildren:
         with pytest.raises(NotFoundError):
             world.snapshots.take("other", ROOT)
         taken = world.snapshots.take(token, ROOT)
-        assert (taken.twin.model.name, taken.readonly, brought(taken.twin)) == (None, False, 1)
+        assert (taken.twin.model.name, taken.taker.readonly, brought(taken.twin)) == (None, False, 1)
         with pytest.raises(NotFoundError):
             world.snapshots.take(token, ROOT)
         world.snapshots.forget([token])
