@@ -172,10 +172,7 @@ class _Connection:
             reply = await self._guarded(answer, packet, fds)
         finally:
             self._closer.close(fds)
-        if self._answered:
-            self._answered = False
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        else:
+        if not self._answered:
             self._owing = True
             if reply.again is not None:
                 await self._send(reply)
@@ -187,6 +184,9 @@ class _Connection:
             reply.then()
         if self._soon_back:
             self._pager.linger(AFTER_CHANGE)
+        if self._answered:
+            self._answered = False
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _guarded(
         self, answer: Callable[[protocol.Message, list[int]], Awaitable[Answer]], packet: bytes, fds: list[int]
