@@ -82,9 +82,9 @@ class Preserve:
 
 @attrs.frozen
 class Bring:
-    """The page that is missing comes from a relative's store; who waits for it goes on then."""
+    """The page that is missing comes from a relative's store, perhaps with others; who waits for it goes on then."""
 
-    copy: Copy
+    copies: tuple[Copy, ...]
 
 
 @attrs.frozen

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from msharefs import clean_pages
+from msharefs import breaking, clean_pages
 from msharefs.addr import Address, AddrRange
-from msharefs.effects import Allow, Answer, Bring, Copy, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
+from msharefs.effects import Allow, Answer, Bring, Deliver, Fill, FillPattern, Preserve, Signal, ZeroFill
 from msharefs.frames import store_of
 from msharefs.perms import Access
 from msharefs.pte import pte_flags
@@ -25,12 +25,14 @@ _READ: Final = Access.READ
 class Fault:
     """What the kernel reported: where (a host address), what the instruction tried, and why it stopped.
 
-    ``protected``: the page is there and write-protected; otherwise it is missing.
+    ``protected``: the page is there and write-protected; otherwise it is missing. ``alone``: what forks have in common
+    is copied page by page.
     """
 
     addr: Address
     access: Access
     protected: bool = False
+    alone: bool = False
 
 
 @attrs.define
@@ -63,14 +65,16 @@ def handle_fault(mm: HostMm, fault: Fault) -> Resolution:
     if fault.protected:
         claims = () if mm.lineage.alone else tuple(mm.lineage.claims(mm, page))
         if claims:
-            return Resolution(Preserve(claims), vma)
+            piece = page if fault.alone else breaking.to_preserve(mm, page, vma)
+            return Resolution(Preserve(claims if piece == page else tuple(mm.lineage.claims(mm, piece))), vma)
         if vma.refpage is not None:
             return Resolution(Allow(clean_pages.stored_to(mm, page, vma)), vma)
         mm.stored_to(page)
-        return Resolution(Allow(page), vma)
+        return Resolution(Allow(breaking.allowed(mm, page, vma)), vma)
     frame = mm.table.frame_at(page.start) if mm.rule.forked is not _NATIVE else None
     if frame is not None and store_of(frame) != mm.store:
-        return Resolution(Bring(Copy(page, store_of(frame), mm.store)), vma)
+        copies = breaking.foreign(mm, page) if fault.alone else breaking.to_bring(mm, page, vma)
+        return Resolution(Bring(tuple(copies)), vma)
     if isinstance(vma.source, RefPage):
         clean = fault.access is _READ
         ahead = () if clean else clean_pages.missing_ahead(mm, page, vma)

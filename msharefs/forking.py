@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from msharefs import clean_pages
+from msharefs import breaking, clean_pages
 from msharefs.addr import PAGE_SIZE, PMD_SIZE, AddrRange, united
 from msharefs.effects import Arm, Change, Copy, Protect
 from msharefs.frames import StoreNo, frame_in, index_of, store_of
@@ -110,8 +110,7 @@ def to_preserve(mm: HostMm, ar: AddrRange) -> list[Copy]:
 
 def to_bring(mm: HostMm, ar: AddrRange) -> list[Copy]:
     """What only relatives have of ``ar``."""
-    runs = mm.table.runs(ar) if mm.rule.forked else ()
-    return [Copy(run, store_of(pte.frame), mm.store) for run, pte in runs if store_of(pte.frame) != mm.store]
+    return breaking.foreign(mm, ar) if mm.rule.forked else []
 
 
 def copied(mm: HostMm, copy: Copy) -> None:
@@ -119,6 +118,7 @@ def copied(mm: HostMm, copy: Copy) -> None:
     mm.lineage.copies += 1
     if copy.source == mm.store:
         mm.lineage.moved(copy)
+        breaking.preserved(mm, copy.ar)
     else:
         for vma in mm.vmas.overlapping(copy.ar):
             mm.filled(vma.clipped(copy.ar).ar)

@@ -102,6 +102,16 @@ class PageTable:
             table = below
         return table.words[entry_index(addr, 0)]
 
+    def own_leaf(self, addr: Address) -> Leaf | None:
+        """The leaf table that maps ``addr``, if there is one and it is shared with nobody."""
+        known = self._recent.get(addr // PMD_SIZE)
+        if known is not None:
+            return known
+        table: Directory | Leaf | int | None = self.top
+        while isinstance(table, Directory) and table.refs == 1:
+            table = table.entries.get(entry_index(addr, table.level))
+        return table if isinstance(table, Leaf) and table.refs == 1 else None
+
     def set(self, addr: Address, pte: Pte) -> None:
         """Install ``pte`` at ``addr``, in place of what is there.
 

@@ -29,6 +29,7 @@ NO_FLAGS = PteFlag(0)
 
 
 PRESENT: Final = int(PteFlag.PRESENT)
+WRITE: Final = int(PteFlag.WRITE)
 DIRTY: Final = int(PteFlag.DIRTY)
 HUGE: Final = int(PteFlag.HUGE)
 """As plain integers: arithmetic on enum flags takes longer than all else in a fault."""

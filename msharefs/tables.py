@@ -12,7 +12,7 @@ import attrs
 
 from msharefs.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TABLE_ENTRIES, TABLE_SHIFT, AddrRange, FrameNo
 from msharefs.errors import InternalError
-from msharefs.pte import PRESENT, Pte
+from msharefs.pte import PRESENT, WRITE, Pte
 
 _EACH: Final = int.from_bytes(array("Q", [1] * TABLE_ENTRIES).tobytes(), sys.byteorder)
 """1 in every word of a table, read as one number."""
@@ -20,19 +20,26 @@ _FRAMES: Final = int.from_bytes(array("Q", range(0, PMD_SIZE, PAGE_SIZE)).tobyte
 """The frames of 2 MiB, one in every word of a table."""
 
 
+_LOWEST: Final = 0 if sys.byteorder == "little" else 7
+"""Which byte of a word has the lowest bits."""
+_WRITABLE: Final = bytes(bool(byte & WRITE) for byte in range(256))
+
+
 class Leaf:
     """A table of PTEs; ``refs`` is in how many tables, or page tables, it hangs (compare the refcount in COW PTE).
 
-    What hangs in several, or below a table that does, is shared, and no page of it may be stored to.
+    What hangs in several, or below a table that does, is shared, and no page of it may be stored to. ``touched`` counts
+    touches of what relatives have in common with its sole owner (``msharefs.breaking``).
     """
 
-    __slots__ = ("refs", "used", "words")
+    __slots__ = ("refs", "touched", "used", "words")
     level = 0
 
     def __init__(self) -> None:
         self.words = array("Q", bytes(8 * TABLE_ENTRIES))
         self.used = 0
         self.refs = 1
+        self.touched = 0
 
     @classmethod
     def split(cls, word: int) -> Leaf:
@@ -49,6 +56,10 @@ class Leaf:
         own.words, own.used = self.words[:], self.used
         self.refs -= 1
         return own
+
+    def writable(self) -> bytes:
+        """Of each entry a byte: 1 where it may be stored to, else 0."""
+        return self.words.tobytes()[_LOWEST::8].translate(_WRITABLE)
 
     def put(self, first: int, words: array[int]) -> None:
         """Store ``words`` from entry ``first``, recounting what is in use."""

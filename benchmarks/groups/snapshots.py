@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -48,11 +48,14 @@ def metrics(plan: Plan) -> Iterator[Metric]:
     yield Metric("stores", heading, "1000/s", 1e-3, "ms", _PEER, more_is_better=True, log="y")
     heading = f"loads of every page of {size}: before a fork (at 0), after it, and once more"
     yield Metric("loads", heading, "ns/page", 1e9, "pass", _PEER)
+    yield Metric("store all", f"stores to every page of {size} after a fork, in order", "ns/page", 1e9, peer=_PEER)
+    yield Metric("read all", "loads of every page of the snapshot, in order", "ns/page", 1e9, peer=_PEER)
 
 
 def run(bench: Bench, plan: Plan) -> None:
     """Each round in fresh processes; kinds take turns."""
-    with bench.daemon(pool=size_of(Kind.HUGETLB, max(plan.sizes)) + GIB) as daemon:
+    most = max(size_of(Kind.HUGETLB, max(plan.sizes)), 2 * size_of(Kind.HUGETLB, plan.base))
+    with bench.daemon(pool=most + GIB) as daemon:
         regions = tuple(kind for kind in kinds_of(daemon) if kind.is_region)
         for number in range(plan.rounds):
             for size in plan.sizes:
@@ -77,16 +80,17 @@ def _measure(bench: Bench, worker: Worker, kind: Kind, size: int, plan: Plan) ->
             bench.samples.add("odfork", kind.label, worker.call("odfork"))
         written = _of_new(worker, kind, size, "write_on", hot=plan.hot, steps=plan.steps)
         _add_goes_on(bench, kind.label, written, _of_new(worker, kind, size, "read_on"))
+        for metric, call in (("store all", "store_all"), ("read all", "read_all")):
+            bench.samples.add(metric, kind.label, _of_new(worker, kind, size, call))
     worker.call("remove")
 
 
-def _of_new(worker: Worker, kind: Kind, size: int, call: str, **arguments: int) -> list[float]:
+def _of_new(worker: Worker, kind: Kind, size: int, call: str, **arguments: int) -> Any:  # noqa: ANN401 - as call()
     """What a request finds of a region that was never forked."""
     worker.call("remove")
     worker.call("create", kind=kind, name=new_name(), size=size_of(kind, size))
     worker.call("write")
-    found: list[float] = worker.call(call, name=new_name(), **arguments)
-    return found
+    return worker.call(call, name=new_name(), **arguments)
 
 
 def _measure_peer(bench: Bench, worker: Worker, size: int, plan: Plan) -> None:
@@ -99,6 +103,8 @@ def _measure_peer(bench: Bench, worker: Worker, size: int, plan: Plan) -> None:
             bench.samples.add("odfork", _PEER, took)
         found = worker.call("process_goes_on", size=size, hot=plan.hot, steps=plan.steps)
         _add_goes_on(bench, _PEER, found["written"], found["read"])
+        for metric, took in worker.call("process_from_end_to_end", size=size).items():
+            bench.samples.add(metric, _PEER, took)
 
 
 def _add_forks(bench: Bench, series: str, found: dict[str, list[float]], at: float, stores: bool) -> None:  # noqa: FBT001
@@ -134,8 +140,9 @@ GROUP: Final = Group(
         "copies page tables. Forks follow on each other, each ended before the next; the first one of a region, which "
         "has to look at all of it, is told apart. Stores are measured after further forks. The first store to a page "
         "after a fork has to copy it: 4 KiB, or 2 MiB with hugetlb; the very first one comes right after the fork. A "
-        "writer stores to random 4 KiB pages, as fast as it can, from before a fork until a second after it. Nobody "
-        "but the one process runs."
+        "writer stores to random 4 KiB pages, as fast as it can, from before a fork until a second after it. Last, a "
+        "byte of every page is stored to after a fork, and a byte of every page of a snapshot read. Nobody but the one "
+        "process runs."
     ),
     quick=lambda: _plan(GIB, 5, 1),
     full=lambda: _plan(8 * GIB, 10, 3),

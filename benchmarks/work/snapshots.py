@@ -19,6 +19,8 @@ _APART: Final = 2 << 20
 _STORES: Final = 8
 _BATCH: Final = 64
 _STEP: Final = 0.1
+_ELSEWHERE: Final = 0x5000_0000_0000
+"""Where a fork is mapped beside its origin."""
 
 Figures = dict[str, list[float]]
 Fork = Callable[[], contextlib.AbstractContextManager[float]]
@@ -28,7 +30,18 @@ Fork = Callable[[], contextlib.AbstractContextManager[float]]
 class Snapshots:
     """Forks what a worker holds, and its process."""
 
-    REQUESTS = ("fork_region", "first_fork", "odfork", "write_on", "read_on", "fork_process", "process_goes_on")
+    REQUESTS = (
+        "fork_region",
+        "first_fork",
+        "odfork",
+        "write_on",
+        "read_on",
+        "store_all",
+        "read_all",
+        "fork_process",
+        "process_goes_on",
+        "process_from_end_to_end",
+    )
 
     def __init__(self, held: Held) -> None:
         self._held = held
@@ -60,6 +73,16 @@ class Snapshots:
         """Load from every page, before a fork, after it, and again: seconds a page."""
         return _read(self._held.memory.view, lambda: self._forked(name))
 
+    def store_all(self, name: str) -> float:
+        """Store to every page of the region while there is a fork of it: seconds a page."""
+        with self._forked(name):
+            return _each(write_pages, self._held.memory.view)
+
+    def read_all(self, name: str) -> float:
+        """Load from every page of a fork of the region: seconds a page."""
+        with self._forked(name), mshare.mshare(name, _ELSEWHERE, 0, os.O_RDONLY) as twin:
+            return _each(read_pages, twin.buf)
+
     def fork_process(self, size: int, count: int) -> Figures:
         """As ``fork_region``, with os.fork() and so much private memory."""
         with _private(size) as view:
@@ -69,6 +92,13 @@ class Snapshots:
         """As ``write_on`` and ``read_on``, with os.fork() and so much private memory."""
         with _private(size) as view:
             return {"written": _written(view, hot, steps, _with_child), "read": _read(view, _with_child)}
+
+    def process_from_end_to_end(self, size: int) -> dict[str, float]:
+        """As ``store_all`` and ``read_all``, with os.fork() and so much private memory."""
+        with _private(size) as view:
+            with _with_child():
+                stored = _each(write_pages, view)
+            return {"store all": stored, "read all": _in_child(lambda: _each(read_pages, view))}
 
     @contextlib.contextmanager
     def _forked(self, name: str) -> Iterator[float]:
@@ -113,6 +143,27 @@ def _with_child() -> Iterator[float]:
         os.close(theirs)
 
 
+def _in_child(work: Callable[[], float]) -> float:
+    """What a child finds that os.fork() has made."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(theirs, str(work()).encode())
+        os._exit(0)
+    os.close(theirs)
+    found = os.read(ours, 100)
+    os.waitpid(pid, 0)
+    os.close(ours)
+    return float(found)
+
+
+def _each(touch: Callable[[memoryview], object], view: memoryview) -> float:
+    """Seconds it takes to touch a page, over all of them."""
+    start = time.perf_counter()
+    touch(view)
+    return (time.perf_counter() - start) / (len(view) // PAGE)
+
+
 def _forked(view: memoryview, count: int, fork: Fork) -> Figures:
     found: Figures = {"fork": [], "very first store": [], "first store": []}
     for _ in range(count):
@@ -152,12 +203,7 @@ def _written(view: memoryview, hot: int, steps: int, fork: Fork) -> list[float]:
 
 
 def _read(view: memoryview, fork: Fork) -> list[float]:
-    def once() -> float:
-        start = time.perf_counter()
-        read_pages(view)
-        return (time.perf_counter() - start) / (len(view) // PAGE)
-
-    once()
-    before = once()
+    _each(read_pages, view)
+    before = _each(read_pages, view)
     with fork():
-        return [before, once(), once()]
+        return [before, _each(read_pages, view), _each(read_pages, view)]

@@ -42,8 +42,13 @@ class Faults:
         self._attached = attached
         self.filling = Filling(self._again)
 
-    def decide(self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int) -> None:
-        """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed."""
+    def decide(
+        self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int, *, alone: bool = False
+    ) -> None:
+        """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed.
+
+        ``alone``: see ``Fault``.
+        """
         region = live.region.model
         window = live.model.window
         if live.model.id not in self._attached or not window.start <= addr < window.end:
@@ -57,12 +62,12 @@ class Faults:
             return
         host = Address(addr - live.distance)
         access = _WRITE if flags & _STORE else _READ
-        resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP)))
+        resolution = handle_fault(region.mm, Fault(host, access, bool(flags & abi.FLAG_WP), alone))
         effect, vma = resolution.effect, resolution.vma
         if isinstance(effect, Fill) and vma is not None and self.filling.at_once(live, effect, vma):
             outcome = SERVED
         elif not isinstance(effect, _ANSWERED_AT_ONCE):
-            self._see_to(Waiting(live, flags, addr, tid, since), resolution)
+            self._see_to(Waiting(live, flags, addr, tid, since, alone), resolution)
             return
         elif isinstance(effect, Allow) and vma is not None and vma.reaches_file and not self._write_down(live, effect):
             outcome = Outcome.RETRY
@@ -86,7 +91,7 @@ class Faults:
         self._pager.later(partial(self._again, fault), min(waited / _PART, _LONGEST))
 
     def _again(self, fault: Waiting) -> None:
-        self.decide(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since)
+        self.decide(fault.attachment, fault.flags, fault.addr, fault.tid, fault.since, alone=fault.alone)
 
     def _see_to(self, fault: Waiting, resolution: Resolution) -> None:
         """What takes more than an answer."""
@@ -134,10 +139,13 @@ class Faults:
     def _copy_first(self, fault: Waiting, resolution: Resolution) -> None:
         """See to a page that relatives have in common; without memory for that, it is SIGBUS to who touched it."""
         live, region, effect = fault.attachment, fault.attachment.region, resolution.effect
-        copies = effect.copies if isinstance(effect, Preserve) else (effect.copy,) if isinstance(effect, Bring) else ()
+        copies = effect.copies if isinstance(effect, Preserve | Bring) else ()
         try:
             region.family.make_or_reclaim(region.model.mm, copies)
         except OSError as error:
+            if not fault.alone:
+                self._again(attrs.evolve(fault, alone=True))
+                return
             log.warning("%s: no memory for a copy of %#x: %s", live, fault.addr, error.strerror)
             refusal = Resolution(Deliver(Signal.SIGBUS, Address(fault.addr)), resolution.vma)
             protected = isinstance(effect, Preserve)

@@ -32,13 +32,14 @@ _RANDOM: Final = Advice.RANDOM
 
 @attrs.define(eq=False)
 class Waiting:
-    """A fault as it was reported; ``since`` when, in nanoseconds of the monotonic clock."""
+    """A fault as it was reported; ``since`` when, in nanoseconds of the monotonic clock. ``alone``: see ``Fault``."""
 
     attachment: LiveAttachment
     flags: int
     addr: int
     tid: int
     since: int
+    alone: bool = False
 
 
 class Filling:

@@ -193,7 +193,7 @@ def _have(region: LiveRegion, page: AddrRange) -> bool:
     """Have a page in the region as a load would; whether there is one. What a file has is not read."""
     if _is_there(region, page):
         return True
-    match region.model.mm.fault(Fault(page.start, Access.READ)).effect:
+    match region.model.mm.fault(Fault(page.start, Access.READ, alone=True)).effect:
         case ZeroFill():
             region.filler().zero(region.model.offset_of(page))
             return True
@@ -201,9 +201,9 @@ def _have(region: LiveRegion, page: AddrRange) -> bool:
             region.filler().copy(region.model.offset_of(page), refpage.repeated(page.size))
             clean_pages.came(region.model.mm, page, clean=False)
             return True
-        case Bring(copy):
+        case Bring(copies):
             try:
-                region.family.make_or_reclaim(region.model.mm, (copy,))
+                region.family.make_or_reclaim(region.model.mm, copies)
             except OSError as error:
                 log.warning("region %s: no memory for a copy of %s: %s", region.model.name, page, error.strerror)
                 return False

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
 
 import attrs
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from msharefs import clean_pages, forking
-from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, Address, AddrRange, united
+from msharefs import breaking, clean_pages, forking
+from msharefs.addr import PAGE_SIZE, PGDIR_SIZE, PMD_SIZE, TABLE_ENTRIES, Address, AddrRange, united
 from msharefs.effects import (
     Allow,
     Arm,
@@ -433,11 +434,10 @@ class ForkingMachine(RuleBasedStateMachine):
                 by.protected.difference_update(self.kind.pages_of(ar))
             case Preserve(copies):
                 assert referred
-                assert len(copies) == 1
                 self.preserve(copies, member)
-                assert not self.referred(member).intersection(self.kind.pages_of(copies[0].ar))
-            case Bring(copy):
-                self.preserve([copy], member)
+                assert not self.referred(member).intersection(*(self.kind.pages_of(copy.ar) for copy in copies))
+            case Bring(copies):
+                self.preserve(copies, member)
             case Fill(ar, file, offset):
                 (page,) = self.kind.pages_of(ar)
                 if member.mm.table.holes(ar):
@@ -653,3 +653,15 @@ class ForkingMachine(RuleBasedStateMachine):
 
 TestForkingMachine = ForkingMachine.TestCase
 TestForkingMachine.settings = settings(stateful_step_count=30)
+
+
+class TestWhereMuchComesWithLittle(ForkingMachine.TestCase):  # type: ignore[misc, valid-type]
+    """The same, where the second touch of a leaf table has all of it copied, as many touches would have."""
+
+    settings = settings(stateful_step_count=30)
+
+    def setUp(self) -> None:
+        super().setUp()
+        patched = mock.patch.multiple(breaking, FIRST=0, SHARE=TABLE_ENTRIES, SHARE_OF_HUGE=TABLE_ENTRIES)
+        patched.start()
+        self.addCleanup(patched.stop)

@@ -15,6 +15,7 @@ SIZE = 8 * MIB
 SOME = [0, 1, 7, 511, 512, 513, 1023, 1024, 1500, 2047]
 """Pages: those at borders of tables and of the region, and some between."""
 
+SHUFFLED = "import random; shuffled = lambda pages: random.Random(1).sample(pages, len(pages))"
 UNSEEN = """
 import itertools
 numbers = itertools.count(520)
@@ -56,6 +57,22 @@ class TestContents:
         origin.do("s = on(name + '-s')")
         assert origin.ask("bytes(s.buf) == before")
         assert origin.ask(f"bytes(r.buf) == bytes([5]) * {SIZE}")
+
+    @pytest.mark.parametrize("order", ["sorted", "reversed", "shuffled"])
+    def test_all_of_it_takes_few_faults(self, origin: Client, on: Callable[..., Client], order: str) -> None:
+        """Of two twins each page is copied once, and each of both has what was there."""
+        pages = SIZE // PAGE
+        origin.do(f"mark(r, 1000, range({pages})); r.fork(name + '-s'); r.fork(name + '-t')")
+        origin.do(SHUFFLED)
+        origin.do(f"faults = r.stat().faults; mark(r, 2000, {order}(range({pages})))")
+        assert origin.ask("r.stat().faults - faults") <= 26 * SIZE // (2 * MIB)
+        assert origin.ask("r.stat().copied") == SIZE
+        twins = on("-s"), on("-t")
+        for twin in twins:
+            twin.do(SHUFFLED)
+            assert twin.ask(f"marks(r, {order}(range({pages})))") == [1000] * pages
+        assert twins[1].ask("r.stat().faults") <= 26 * SIZE // (2 * MIB)
+        assert origin.ask(f"marks(r, range({pages}))") == [2000] * pages
 
     def test_it_lies_where_its_origin_lies_and_is_a_region_like_any_other(
         self, origin: Client, on: Callable[..., Client], daemon: Daemon

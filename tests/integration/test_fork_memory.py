@@ -99,6 +99,17 @@ def test_as_many_copies_as_there_is_memory_for(c: Client, ballast: Ballast) -> N
     assert right(c, "s", "t", "u")
 
 
+def test_where_there_is_not_enough_for_many_at_once_each_comes_alone(c: Client, ballast: Ballast) -> None:
+    ballast.fill(leave=10)
+    c.do("mark(r, 2000, range(6)); s.buf[9 * PAGE]; mark(s, 3000, range(10, 13))")
+    assert [touch(c, f"r.buf[{page} * PAGE]", store=True) for page in (3, 6)] == [0, SIGBUS]
+    ballast.drop()
+    c.do("mark(r, 1000, range(6)); mark(s, 1000, range(10, 13))")
+    assert right(c, "r", "s", "t", "u")
+    c.do(f"mark(r, 2000, {ALL})")
+    assert right(c, "s", "t", "u")
+
+
 def test_system_calls_fail_and_go_on_later(c: Client, ballast: Ballast) -> None:
     """With EFAULT, and nothing is there in place of what was not copied."""
     c.do("reader, writer = os.pipe(); os.write(writer, b'x' * 64)")
