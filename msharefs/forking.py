@@ -37,6 +37,7 @@ def shield(mm: HostMm) -> list[Change]:
         if not any(ar.covers(part) for ar in armed):
             effects.append(Protect(part))  # It was armed before, and stores have been allowed since.
     mm.storable.clear()
+    mm.reached.clear()
     return effects
 
 

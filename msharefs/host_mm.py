@@ -82,6 +82,8 @@ class HostMm:
         self.borrowed: set[StoreNo] = set()
         """Stores of relatives that its tables may refer to."""
         self.storable = Storable(ar.size // page)
+        self.reached: dict[Address, int] = {}
+        """Where ended what was copied at once of what relatives have, too, and how many touches had led there."""
         self.unsure: list[AddrRange] = []
         """Where pages were restored of which nobody knows whether they are clean."""
 

@@ -231,10 +231,7 @@ class PageTable:
             pmd.entries[entry_index(ar.start, 1)] = frame << PAGE_SHIFT | entry & (PAGE_SIZE - 1)
             return
         leaf = entry if isinstance(entry, Leaf) else self._leaf(ar.start)
-        first = entry_index(ar.start, 0)
-        for number in range(ar.size // PAGE_SIZE):
-            word = leaf.words[first + number]
-            leaf.words[first + number] = (frame + number) << PAGE_SHIFT | word & (PAGE_SIZE - 1)
+        leaf.reassign(entry_index(ar.start, 0), ar.size // PAGE_SIZE, frame << PAGE_SHIFT)
 
     def shared_tables(self) -> int:
         """How many leaf tables others share."""

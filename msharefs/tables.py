@@ -45,8 +45,7 @@ class Leaf:
     def split(cls, word: int) -> Leaf:
         """What a 2 MiB leaf maps, in small pages; ``word`` is the first one's entry."""
         leaf = cls()
-        words = _EACH * word + _FRAMES
-        leaf.words = array("Q", words.to_bytes(8 * TABLE_ENTRIES, sys.byteorder))
+        leaf.words = array("Q", _consecutive(word, TABLE_ENTRIES))
         leaf.used = TABLE_ENTRIES
         return leaf
 
@@ -56,6 +55,21 @@ class Leaf:
         own.words, own.used = self.words[:], self.used
         self.refs -= 1
         return own
+
+    def reassign(self, first: int, count: int, frames: int) -> None:
+        """Have words lie in consecutive frames, from one on, with the flags they have; ``frames``: the first one's."""
+        if count == 1:
+            self.words[first] = frames | self.words[first] & (PAGE_SIZE - 1)
+            return
+        part = slice(first, first + count)
+        flags = int.from_bytes(self.words[part].tobytes(), sys.byteorder)
+        flags &= (_EACH >> 64 * (TABLE_ENTRIES - count)) * (PAGE_SIZE - 1)
+        words = int.from_bytes(_consecutive(frames, count), sys.byteorder) | flags
+        self.words[part] = array("Q", words.to_bytes(8 * count, sys.byteorder))
+
+    def goes_on(self, first: int, end: int) -> bool:
+        """Whether each word from ``first`` to ``end`` is the one before plus a page."""
+        return self.words[first:end].tobytes() == _consecutive(self.words[first], end - first)
 
     def writable(self) -> bytes:
         """Of each entry a byte: 1 where it may be stored to, else 0."""
@@ -74,6 +88,12 @@ class Leaf:
         each = _EACH >> 64 * (TABLE_ENTRIES - count)
         words = (words | (words & each * PRESENT) * add) & ~(each * less)
         self.words[part] = array("Q", words.to_bytes(8 * count, sys.byteorder))
+
+
+def _consecutive(word: int, count: int) -> bytes:
+    """Words of which each is the one before plus a page."""
+    words = _EACH * word + _FRAMES & (1 << 64 * count) - 1
+    return words.to_bytes(8 * count, sys.byteorder)
 
 
 class Directory:
@@ -180,6 +200,8 @@ def leaf_runs(leaf: Leaf, ar: AddrRange) -> Iterator[tuple[AddrRange, Pte]]:
     while first < last:
         word, end = leaf.words[first], first + 1
         if word:
+            if end < last and leaf.words[end] == word + PAGE_SIZE and leaf.goes_on(first, last):
+                end = last
             while end < last and leaf.words[end] == word + (end - first) * PAGE_SIZE:
                 end += 1
             start = ar.start & ~(PMD_SIZE - 1) | first * PAGE_SIZE

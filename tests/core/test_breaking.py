@@ -32,8 +32,8 @@ def numbers(ar: AddrRange) -> range:
     return range((ar.start - START) // PAGE_SIZE, (ar.end - START) // PAGE_SIZE)
 
 
-def region(granule: int = PAGE_SIZE) -> HostMm:
-    mm = HostMm(pages(0, SIZE), granule=granule)
+def region(granule: int = PAGE_SIZE, size: int = SIZE) -> HostMm:
+    mm = HostMm(pages(0, size), granule=granule)
     mm.mmap(mm.ar, mm.ar.size, fixed=True)
     mm.sync([mm.ar], huge=granule > PAGE_SIZE)
     return mm
@@ -56,7 +56,7 @@ class Process:
 
     @classmethod
     def of_twin(cls, mm: HostMm) -> Process:
-        return cls(mm, protected=set(), missing=set(range(SIZE)))
+        return cls(mm, protected=set(), missing=set(numbers(mm.ar)))
 
     def store(self, number: int, *, alone: bool = False) -> list[int]:
         """Store to a page: what had to be copied for that."""
@@ -169,12 +169,11 @@ class TestTogether:
             assert touch(by, number) == [number]
         assert touch(by, 130) == [number for number in range(128, 256) if number not in (144, 176, 200, 232)]
 
-    def test_where_memory_is_huge_a_quarter_comes_with_the_fifth(self, side: str) -> None:
+    def test_where_memory_is_huge_the_fifth_brings_all(self, side: str) -> None:
         by = begun(side, PMD_SIZE)
-        assert [len(touch(by, number)) for number in (0, 130, 260)] == [126, 127, 127]
-        assert touch(by, 400) == list(range(384, 512))
+        assert touch(by, 130) == [number for number in range(PAGES) if number not in BEGUN]
 
-    @pytest.mark.parametrize(("granule", "most"), [(PAGE_SIZE, 24), (PMD_SIZE, 8)])
+    @pytest.mark.parametrize(("granule", "most"), [(PAGE_SIZE, 24), (PMD_SIZE, 5)])
     @pytest.mark.parametrize("order", ["up", "down", "random"])
     def test_all_of_a_leaf_table_takes_few_faults(self, side: str, granule: int, most: int, order: str) -> None:
         by = process(side, granule)
@@ -185,6 +184,28 @@ class TestTogether:
             touch(by, number)
         assert by.faults <= most
         assert by.each_copied_once(range(PAGES))
+
+    @pytest.mark.parametrize(
+        ("granule", "faults"), [(PAGE_SIZE, [18, *[4] * 11, 2, 1]), (PMD_SIZE, [5, 1, 1])]
+    )
+    def test_in_order_it_takes_ever_fewer(self, side: str, granule: int, faults: list[int]) -> None:
+        mm = region(granule, len(faults) * PAGES)
+        twin = fork(mm)
+        by = Process(mm, protected=set(numbers(mm.ar))) if side == "older" else Process.of_twin(twin)
+        for number in numbers(mm.ar):
+            touch(by, number)
+        found = [numbers(copies[0].ar).start // PAGES for copies in by.copied]
+        assert [found.count(leaf) for leaf in range(len(faults))] == faults
+        assert by.each_copied_once(numbers(mm.ar))
+
+    def test_two_that_go_on_in_different_places_do_not_disturb_each_other(self, side: str) -> None:
+        mm = region(PMD_SIZE, 8 * PAGES)
+        twin = fork(mm)
+        by = Process(mm, protected=set(numbers(mm.ar))) if side == "older" else Process.of_twin(twin)
+        for number in range(4 * PAGES):
+            touch(by, number)
+            touch(by, number + 4 * PAGES)
+        assert by.faults == 2 * (5 + 3)
 
     def test_all_at_once_where_that_was_advised(self, side: str) -> None:
         by = process(side)
