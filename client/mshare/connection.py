@@ -61,6 +61,8 @@ class Connection:
         self.fork_events = True
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
+        self._path: Path | None = None
+        """Where the daemon listens, as long as there is a connection to it, or was one when this process was forked."""
         self._session = ""
         self._answered = 0
         self._known = False
@@ -107,7 +109,9 @@ class Connection:
         """In a forked child: the connection is the parent's, and a thread that is not here may hold the lock."""
         self._lock = threading.Lock()
         self._session = ""
+        path = self._path
         self._hang_up()
+        self._path = path
 
     def wait_for_daemon(self) -> bool:
         """Have a daemon again, if there was one before; whether there is one now."""
@@ -166,7 +170,7 @@ class Connection:
         if not self._session:
             self._session, self._answered = os.urandom(16).hex(), 0
         hello = protocol.Hello(f"mshare pid {os.getpid()}", self._session, self._answered, waiting)
-        path = read_info(self.mount).socket
+        path, self._path = self._path or read_info(self.mount).socket, None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(path))
@@ -186,12 +190,14 @@ class Connection:
                 number, text = welcome.errno, welcome.message
             raise OSError(number, f"the daemon at {path} does not welcome this client: {text}")
         self.fork_events = welcome.fork_events
+        self._path = path
         return sock, welcome.known
 
     def _hang_up(self) -> None:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+        self._path = None
 
 
 def _is_of_another(reply: protocol.Message, fds: tuple[int, ...]) -> bool:

@@ -40,6 +40,7 @@ def odfork(*regions: Region) -> int:
             request = protocol.Snapshot(tuple(region.own_attachment() for region in theirs))
             links[link] = list(link.call(request, protocol.Snapshots).tokens)
             taken += zip(theirs, links[link], strict=True)
+        protocol.encode(protocol.Take("", 0))  # What the first one takes is not done again by each child.
         return _fork_and_wait(taken)
     except BaseException:
         for link, tokens in links.items():

@@ -447,6 +447,24 @@ class TestConnections:
         assert hellos[0] == f"mshare pid {pid}" != hellos[1]
         link.forget()
 
+    def test_it_knows_where_the_daemon_listens(self, link: Connection, daemon: Any) -> None:
+        """The mount need not be asked, which takes longer than all else."""
+        link.call(ASK, protocol.Listing)
+        info = daemon.mount / "mshare_info"
+        info.rename(info.with_name("away"))
+        link.forget()
+        assert link.call(ASK, protocol.Listing) == LISTING
+        assert daemon.kinds().count(protocol.Hello) == 2
+
+    def test_and_finds_one_that_has_moved_since(self, link: Connection, daemon: Any) -> None:
+        link.call(ASK, protocol.Listing)
+        link.forget()
+        daemon.stop()
+        daemon.socket = daemon.socket.with_name("elsewhere")
+        (daemon.mount / "mshare_info").write_text(f"2097152\nsocket {daemon.socket}\n")
+        daemon.start()
+        assert link.call(ASK, protocol.Listing) == LISTING
+
     def test_a_child_forked_in_the_middle_of_a_request_is_not_kept_waiting(self, daemon: Any, apart: Apart) -> None:
         """The lock is held by a thread of the parent, which the child does not have."""
         link = connect(daemon.mount)
