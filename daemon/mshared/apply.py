@@ -244,14 +244,22 @@ def answer_fault(
                 wake(attachment, attachment.guest(effect.ar))
             return outcome
         case Allow():
-            page = attachment.guest(effect.ar)
-            return attempt(attachment, partial(attachment.uffd.write_protect, page, protect=False))
+            outcome = _allow(attachment, attachment.guest(effect.ar))
+            page = attachment.page_at(addr)
+            if outcome is Outcome.UNMAPPED and effect.ar.size > page.size:  # Of the rest, some may be.
+                outcome = _allow(attachment, page)
+            return outcome
         case FillPattern():
             return refpages.answer(attachment, addr, tid, effect)
         case Fill() | Bring() | Preserve():
             raise InternalError(f"{effect} is more than an answer: see mshared.filling and mshared.family")
         case Deliver(signal):
             return refusals.refuse(attachment, addr, tid, signal, access=access)
+
+
+def _allow(attachment: LiveAttachment, ar: AddrRange) -> Outcome:
+    """Let a process store to ``ar`` (its own addresses), and who waits there go on."""
+    return attempt(attachment, partial(attachment.uffd.write_protect, ar, protect=False))
 
 
 def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:

@@ -42,9 +42,7 @@ class Faults:
         self._attached = attached
         self.filling = Filling(self._again)
 
-    def decide(
-        self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int, *, alone: bool = False
-    ) -> None:
+    def decide(self, live: LiveAttachment, flags: int, addr: int, tid: int, since: int, *, alone: bool = False) -> None:
         """Decide and answer one fault; what the kernel cannot take yet is decided again later, never replayed.
 
         ``alone``: see ``Fault``.

@@ -185,9 +185,7 @@ class TestTogether:
         assert by.faults <= most
         assert by.each_copied_once(range(PAGES))
 
-    @pytest.mark.parametrize(
-        ("granule", "faults"), [(PAGE_SIZE, [18, *[4] * 11, 2, 1]), (PMD_SIZE, [5, 1, 1])]
-    )
+    @pytest.mark.parametrize(("granule", "faults"), [(PAGE_SIZE, [18, *[4] * 11, 2, 1]), (PMD_SIZE, [5, 1, 1])])
     def test_in_order_it_takes_ever_fewer(self, side: str, granule: int, faults: list[int]) -> None:
         mm = region(granule, len(faults) * PAGES)
         twin = fork(mm)

@@ -74,6 +74,22 @@ class TestContents:
         assert twins[1].ask("r.stat().faults") <= 26 * SIZE // (2 * MIB)
         assert origin.ask(f"marks(r, range({pages}))") == [2000] * pages
 
+    def test_who_has_mapped_over_some_of_its_window_goes_on_beside_that(
+        self, origin: Client, on: Callable[..., Client]
+    ) -> None:
+        """What comes along with a page may not be there any more in the process that has touched it."""
+        origin.do("mark(r, 1000, range(16)); r.fork(name + '-s')")
+        over = "sc.mmap(r.address + {} * PAGE, PAGE, 3, MAP_PRIVATE | MAP_ANONYMOUS | sc.MAP_FIXED, -1, 0)"
+        origin.do(over.format(6))
+        beside = [*range(6), *range(7, 16)]
+        origin.do(f"mark(r, 2000, {beside})")
+        twin = on("-s")
+        twin.do(over.format(9))
+        beside = [*range(9), *range(10, 16)]
+        assert twin.ask(f"marks(r, {beside})") == [1000] * len(beside)
+        twin.do(f"mark(r, 3000, {beside})")
+        assert on("-s").ask("marks(r, range(16))") == [1000 if page == 9 else 3000 for page in range(16)]
+
     def test_it_lies_where_its_origin_lies_and_is_a_region_like_any_other(
         self, origin: Client, on: Callable[..., Client], daemon: Daemon
     ) -> None:
