@@ -74,6 +74,17 @@ class TestContents:
         assert twins[1].ask("r.stat().faults") <= 26 * SIZE // (2 * MIB)
         assert origin.ask(f"marks(r, range({pages}))") == [2000] * pages
 
+    @pytest.mark.parametrize(("advice", "faults"), [("SEQUENTIAL", SIZE // (2 * MIB)), ("RANDOM", SIZE // PAGE)])
+    def test_who_knows_better_says_how_much_comes_at_once(
+        self, origin: Client, on: Callable[..., Client], advice: str, faults: int
+    ) -> None:
+        """Also who may only read."""
+        origin.do(f"mark(r, 1000, range({SIZE // PAGE})); r.fork(name + '-s')")
+        reader = on("-s", "RO")
+        reader.do(f"r.madvise(0, {SIZE}, MADV_{advice})")
+        assert reader.ask(f"marks(r, range({SIZE // PAGE}))") == [1000] * (SIZE // PAGE)
+        assert reader.ask("r.stat().faults") == faults
+
     def test_who_has_mapped_over_some_of_its_window_goes_on_beside_that(
         self, origin: Client, on: Callable[..., Client]
     ) -> None:
