@@ -130,7 +130,8 @@ class Snapshots:
         """The twins, of one instant for all. Raises MshareError with none made.
 
         ``reply`` is what the client is to be told: ``tell`` is called with it when that holds, whatever happens. The
-        twins are made then, before anybody else has a turn.
+        twins are made then, before anybody else has a turn. Not where files are mapped, which may lack stores until
+        this returns.
         """
         origins = sorted({wish.origin for wish in wishes}, key=lambda each: each.model.id)
         try:
@@ -182,7 +183,7 @@ class Snapshots:
                 for parts in gathered:
                     parts.close()
                 raise
-            if reply is not None and tell is not None:
+            if reply is not None and tell is not None and not any(wish.origin.files for wish in wishes):
                 tell(reply)
             point()
             return [self._make(parts) for parts in gathered]

@@ -338,6 +338,16 @@ class TestTold:
             trio.run(world.snapshots.fork, wishes, ROOT, protocol.Done(), said.append)
         assert said == []
 
+    def test_not_before_files_have_what_was_stored_to_them(self, world: World, tmp_path: Path) -> None:
+        """The twin has its pages of them from there."""
+        origin = world.region()
+        (tmp_path / "data").write_bytes(b"file")
+        number = origin.add_file(os.open(tmp_path / "data", os.O_RDWR))
+        page = AddrRange.sized(origin.model.ar.start, PAGE_SIZE)
+        origin.model.mm.mmap(page, PAGE_SIZE, fixed=True, replace=True, source=FileSource(number, 0, True, True))
+        said, twins = self.told(world, Wish(origin, "one", 0o600))
+        assert (said, len(twins)) == ([], 1)
+
     def test_a_child_may_come_at_once(self, world: World) -> None:
         """Its twin is there when the daemon turns to anybody else."""
         live = world.attach(world.region())
