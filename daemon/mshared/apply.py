@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Final
 
 import attrs
 
@@ -20,7 +21,7 @@ from mshared.insisting import insist
 from mshared.live import LiveAttachment, LiveRegion
 from mshared.uffd import SERVED, Outcome, attempt, outcome_of
 from msharefs import clean_pages, protocol
-from msharefs.addr import Address, AddrRange
+from msharefs.addr import Address, AddrRange, round_up
 from msharefs.effects import (
     Allow,
     Answer,
@@ -45,6 +46,9 @@ from msharefs.region import BackingKind
 from msharefs.vma import Arming
 
 log = logging.getLogger(__name__)
+
+_MOST_TRIES: Final = 4096
+"""System calls that protect one window around what its process has mapped over it: some milliseconds."""
 
 
 def arm_anew(attachment: LiveAttachment, read_events: Callable[[], None]) -> None:
@@ -270,7 +274,25 @@ def wake(attachment: LiveAttachment, ar: AddrRange) -> Outcome:
 def _protect(attachment: LiveAttachment, ar: AddrRange) -> None:
     if not attachment.model.readonly:
         for place in attachment.places(ar):
-            attachment.uffd.write_protect(place)
+            _protect_around(attachment, place)
+
+
+def _protect_around(attachment: LiveAttachment, place: AddrRange) -> None:
+    """Have stores reported, also behind what the process has mapped over a part: the kernel goes no further than that.
+
+    Of very many such parts those behind the last are left out.
+    """
+    page, todo = attachment.region.model.mm.page, [place]
+    for _ in range(_MOST_TRIES):
+        part = todo.pop()
+        try:
+            attachment.uffd.write_protect(part)
+        except FileNotFoundError:
+            if part.size > page:
+                middle = Address(part.start + round_up(part.size // 2, page))
+                todo += [AddrRange(middle, part.end), AddrRange(part.start, middle)]
+        if not todo:
+            return
 
 
 def _arm(attachment: LiveAttachment, ar: AddrRange, arming: Arming) -> None:

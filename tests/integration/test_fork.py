@@ -100,6 +100,8 @@ class TestContents:
         assert twin.ask(f"marks(r, {beside})") == [1000] * len(beside)
         twin.do(f"mark(r, 3000, {beside})")
         assert on("-s").ask("marks(r, range(16))") == [1000 if page == 9 else 3000 for page in range(16)]
+        origin.do("r.fork(name + '-t'); mark(r, 4000, [3, 12])")
+        assert on("-t").ask("marks(r, [3, 6, 12])") == [2000, 1000, 2000]
 
     def test_it_lies_where_its_origin_lies_and_is_a_region_like_any_other(
         self, origin: Client, on: Callable[..., Client], daemon: Daemon
